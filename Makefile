@@ -1,0 +1,46 @@
+# Two commands for people: `make demo` and `make test`. Both set everything up first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FOLDERS := hd kernels model train bench cli
+
+export DS_ACCELERATOR ?= cpu
+
+.PHONY: help setup demo test check format clean
+
+help:
+	@echo "make demo    the whole job at nano size on a CPU: data, two stages, two models, report"
+	@echo "make test    the test suite"
+	@echo "make check   formatting, lint, types, import arrows"
+	@echo "make format  rewrite the sources in the project's format"
+
+setup: $(STAMP)
+
+# Installed again only when what is to be installed has changed.
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/llava-hd demo --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	mkdir -p .types && ln -sfn .. .types/llava_hd
+	MYPYPATH=.types $(BIN)/mypy $(addprefix -p llava_hd.,$(FOLDERS))
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .types build *.egg-info runs

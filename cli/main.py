@@ -1,0 +1,100 @@
+"""The `llava-hd` command: finds the sub-command, runs it, turns errors into one line and a code.
+
+Sub-command modules are imported only when they are called, so `llava-hd --help` imports neither
+torch nor transformers. Each has `build_parser() -> Parser` and `run(args) -> int`.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 bad data, 75 interrupted but resumable.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from importlib.metadata import version
+
+from ..hd.errors import LlavaHDError, UsageError
+
+# Words of the command -> (module in cli/, what it does in one line).
+COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("demo",): ("demo", "the whole job at nano size: data, two stages, two models, comparison"),
+    ("tile",): ("tile", "draw what the model sees of an image, and count its tokens"),
+    ("pretrain",): ("train", "stage 1: train the projector and the row-end token"),
+    ("finetune",): ("train", "stage 2: train the projector, the row-end token and the LLM"),
+    ("eval", "pope"): ("eval_pope", "answer and score POPE, or score existing answers"),
+    ("compare",): ("compare", "compare the POPE answers of two models with paired tests"),
+    ("nano", "build"): ("nano", "make the shipped nano weights again from a seed"),
+    ("doctor",): ("doctor", "report what this machine can run, and why not the rest"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code (see the module's docstring)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except LlavaHDError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"llava-hd: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("llava-hd: interrupted; start the same command again to go on", file=sys.stderr)
+        return 75
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"llava-hd {version('llava-hd')}")
+        return 0
+    for length in (2, 1):
+        name = tuple(words[:length])
+        if name in COMMANDS:
+            module = importlib.import_module(f"llava_hd.cli.{COMMANDS[name][0]}")
+            parser = module.build_parser(" ".join(name))
+            return module.run(parser.parse_args(words[length:]))
+    raise UsageError(_unknown_command(words))
+
+
+def _unknown_command(words: list[str]) -> str:
+    group = [name for name in COMMANDS if len(name) == 2 and name[0] == words[0]]
+    if group:
+        choices = ", ".join(" ".join(name) for name in group)
+        return f"'{' '.join(words[:2])}' is not a command; there is: {choices}"
+    known = [" ".join(name) for name in COMMANDS]
+    close = difflib.get_close_matches(words[0], known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else "see llava-hd --help"
+    return f"'{words[0]}' is not a command; {hint}"
+
+
+def help_text() -> str:
+    """The text of `llava-hd --help`."""
+    width = max(len(" ".join(name)) for name in COMMANDS)
+    lines = [f"  {' '.join(name):<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: llava-hd COMMAND [options]        (llava-hd COMMAND --help tells the options)",
+            "",
+            "LLaVA-1.5-HD: tile images, train in two stages, compare hallucination on POPE.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "examples:",
+            "  llava-hd demo --out runs/demo",
+            "  llava-hd tile photo.jpg --preset hdflex --out tiles",
+            "  llava-hd finetune --config vicuna-7b-hd448 --data.path mix665k.json",
+            "",
+            "Every command takes --debug (a traceback instead of one line).",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

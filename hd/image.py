@@ -1,0 +1,228 @@
+"""The one image loader, for training, evaluation and serving: bytes or a path -> RGB image.
+
+Safety first: formats by allow-list, limits before anything is decoded, a damaged file is an error
+and never a grey guess. PIL's (width, height) is turned to (height, width) in this file only.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from .errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# What Pillow's decoders raise on damaged files (found by corrupting files of every format).
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+# EXIF orientation -> how to turn the picture upright (1 is upright already).
+ORIENTATION_TAG = 0x0112
+PNG_END = b"IEND\xaeB`\x82"
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What the loader refuses; checked on the file and its header, before decoding.
+
+    max_pixels above Pillow's own limit (89 million) has no effect: its warning is an error here.
+    max_aspect: longest side over shortest; None allows every shape.
+    """
+
+    max_bytes: int = 256 * 2**20
+    max_pixels: int = 80_000_000
+    max_aspect: float | None = None
+
+
+class ImageError(DataError):
+    """An image that cannot be used: the message is one line with file, reason and remedy."""
+
+    def __init__(self, name: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{name}: {reason}; {remedy}")
+        self.name, self.reason, self.remedy = name, reason, remedy
+
+
+def load_image(source: str | Path | bytes, limits: ImageLimits = ImageLimits()) -> Image.Image:
+    """The RGB image of a file or of its bytes: upright, first frame, alpha on white, 8 bits.
+
+    16-bit values are scaled by their type's range, 32-bit and float ones by the image's own range.
+    Raises ImageError (exit code 3) for anything that is missing, foreign, too large or damaged.
+    """
+    name = _name(source)
+    data = source if isinstance(source, bytes) else _read(Path(source), name, limits)
+    if len(data) > limits.max_bytes:
+        raise _too_many_bytes(name, len(data), limits)
+    if not data:
+        raise ImageError(name, "the file is empty", "fetch it again or leave it out")
+    with warnings.catch_warnings():
+        # Threads may restore each other's filters: at worst the bomb warning stays an error.
+        warnings.simplefilter("ignore", UserWarning)  # e.g. damaged EXIF beside a sound picture
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_header(image, name, limits)
+                if image.format == "PNG" and data.rfind(PNG_END) < 0:
+                    raise OSError("image file is truncated, its end is missing")
+                image.load()
+                return _rgb(_upright(image), name)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ImageError(
+                name, "more pixels than Pillow's limit (a decompression bomb?)", "make it smaller"
+            ) from None
+        except UnidentifiedImageError:
+            raise ImageError(
+                name,
+                "not an image, or a damaged one",
+                f"give a file in one of the formats {', '.join(FORMATS)}",
+            ) from None
+        except DECODE_ERRORS as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ImageError(
+                name, f"damaged image ({reason})", "fetch it again or leave it out"
+            ) from error
+
+
+def _name(source: str | Path | bytes) -> str:
+    """The source for a one-line message (line breaks and the like are escaped)."""
+    if isinstance(source, bytes):
+        return f"image of {len(source)} bytes"
+    text = str(source)
+    return text if text.isprintable() else repr(text)
+
+
+def _read(path: Path, name: str, limits: ImageLimits) -> bytes:
+    if path.is_dir():
+        raise ImageError(name, "is a folder", "name the image files in it")
+    if not path.exists():
+        raise ImageError(name, "no such file", "check the path")
+    if not path.is_file():
+        raise ImageError(name, "is not a regular file", "give an image file")
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes > limits.max_bytes:
+            raise _too_many_bytes(name, num_bytes, limits)
+        return path.read_bytes()
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+        raise ImageError(name, reason, "check its permissions") from error
+
+
+def _too_many_bytes(name: str, num_bytes: int, limits: ImageLimits) -> ImageError:
+    reason = f"{num_bytes} bytes, above the limit of {limits.max_bytes}"
+    return ImageError(name, reason, "make it smaller or raise max_bytes")
+
+
+def _check_header(image: Image.Image, name: str, limits: ImageLimits) -> None:
+    height, width = image_size(image)
+    if height * width > limits.max_pixels:
+        reason = f"{height}x{width} pixels, above the limit of {limits.max_pixels}"
+        raise ImageError(name, reason, "make it smaller or raise max_pixels")
+    aspect = max(height, width) / max(1, min(height, width))
+    if limits.max_aspect is not None and aspect > limits.max_aspect:
+        reason = f"{height}x{width} pixels, longer than {limits.max_aspect:g} to 1"
+        raise ImageError(name, reason, "crop it or raise max_aspect")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says; EXIF that cannot be read says nothing."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+    except DECODE_ERRORS:
+        return image
+    method = UPRIGHT.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """Any mode -> RGB; alpha is blended onto white, wide modes are scaled and not clipped."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return from_array(np.repeat(_eight_bits(image, name)[..., None], 3, axis=2))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGB", rgba.size, (255, 255, 255))
+        white.paste(rgba, mask=rgba.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
+    """uint8 `[height width]` of a 16-bit, 32-bit integer or float image."""
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise ImageError(name, "holds NaN or infinite values", "save it as 8-bit PNG")
+    values = values.astype(np.float64)
+    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (values.min(), values.max())
+    scaled = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+    if "transparency" in image.info:  # a 16-bit grey PNG names one value as see-through
+        scaled[values == image.info["transparency"]] = 255
+    return np.rint(scaled).astype(np.uint8)
+
+
+def image_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    return image.height, image.width
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image at `size` (height, width), bicubic with antialiasing as in every LLaVA."""
+    height, width = size
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 `[height width 3]` of an RGB image (read-only view where possible)."""
+    return np.asarray(image)
+
+
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """The RGB image of uint8 `[height width 3]`. Raises ValueError for another shape or type."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"expected uint8 [height width 3], got {pixels.dtype} {pixels.shape}")
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def png_bytes(image: Image.Image | np.ndarray) -> bytes:
+    """The image, or uint8 `[height width 3]`, as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    picture = from_array(image) if isinstance(image, np.ndarray) else image
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def save_png(image: Image.Image | np.ndarray, path: str | Path) -> None:
+    """Write the image, or uint8 `[height width 3]`, as PNG; the file appears whole or never."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_bytes(png_bytes(image))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

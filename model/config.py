@@ -1,0 +1,92 @@
+"""What a LlavaHD model is, as a value: written as `config.json`, read back to build the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..hd.errors import UsageError
+from ..hd.grid import HDConfig, suggest
+
+MODEL_TYPE = "llava_hd"
+PROJECTORS = ("mlp2x_gelu", "linear")
+
+
+@dataclass(frozen=True)
+class LlavaHDConfig:
+    """The parts of a model and how they fit together.
+
+    hd: geometry of the images.
+    vision, text: the configurations of the CLIP tower and of the language model, as transformers
+        writes them (with `model_type`).
+    image_token_id: the id that holds a visual token's place; inside the vocabulary.
+    projector: "mlp2x_gelu" (LLaVA-1.5) or "linear" (the original LLaVA).
+    vision_layer: index into the tower's hidden states; -2 is the one before the last layer's.
+    image_token: its text. template: name of the conversation template (model/prompt.py).
+    """
+
+    hd: HDConfig
+    vision: Mapping[str, Any] = field(repr=False)
+    text: Mapping[str, Any] = field(repr=False)
+    image_token_id: int
+    projector: str = "mlp2x_gelu"
+    vision_layer: int = -2
+    image_token: str = "<image>"
+    template: str = "vicuna_v1"
+
+    def __post_init__(self) -> None:
+        if self.projector not in PROJECTORS:
+            hint = suggest(str(self.projector), PROJECTORS)
+            raise UsageError(f"model.projector {self.projector!r} is unknown; {hint}")
+        for name, key, ours in (
+            ("tile", "image_size", self.hd.tile_px),
+            ("patch", "patch_size", self.hd.patch_px),
+        ):
+            theirs = self.vision.get(key)
+            if theirs != ours:
+                raise UsageError(
+                    f"hd.{name}_px is {ours}, but the vision tower takes {theirs} px "
+                    f"(its config's {key}); choose a preset or a tower that fit each other"
+                )
+        layers = self.vision["num_hidden_layers"]
+        if not -layers - 1 <= self.vision_layer <= layers:
+            raise UsageError(
+                f"model.vision_layer {self.vision_layer} is outside the tower's {layers} layers"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` reads it back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"hd": self.hd.to_dict(), "vision": dict(self.vision), "text": dict(self.text)}
+        return {"model_type": MODEL_TYPE, "architectures": ["LlavaHD"], **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LlavaHDConfig:
+        """The configuration written by `to_dict`; every key required, no other allowed."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in (*known, "model_type", "architectures"):
+                raise UsageError(f"config.json: {key!r} is not a setting; {suggest(key, known)}")
+        missing = [name for name in known if name not in values]
+        if missing:
+            raise UsageError(f"config.json: {missing[0]!r} is missing")
+        chosen = {name: values[name] for name in known}
+        return cls(**{**chosen, "hd": HDConfig.from_dict(values["hd"])})
+
+
+def read_config_json(folder: str | Path) -> dict[str, Any]:
+    """The `config.json` of a model folder, of any kind; raises UsageError where there is none."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if Path(folder).is_dir() else "is not a folder"
+        raise UsageError(f"model folder {folder} {what}; give a folder that a model was saved in")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}); save the model again") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UsageError(f"{path} has no model_type; it does not describe a model")
+    return values

@@ -1,0 +1,108 @@
+"""Answers: prefill and greedy decoding, one question or a mixed batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..hd.image import load_image
+from .llava_hd import LlavaHD
+from .packing import Sample, pack
+from .processor import Processor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def answer(
+    model: LlavaHD,
+    processor: Processor,
+    image: Image | str | Path | None,
+    question: str,
+    max_new_tokens: int = 128,
+) -> str:
+    """The greedy answer to a question about an image, or about none."""
+    return answer_batch(model, processor, [image], [question], max_new_tokens)[0]
+
+
+def answer_batch(
+    model: LlavaHD,
+    processor: Processor,
+    images: Sequence[Image | str | Path | None],
+    questions: Sequence[str],
+    max_new_tokens: int = 16,
+) -> list[str]:
+    """Greedy answers, in the order of the questions; images and text-only rows may mix.
+
+    An image that several questions share (the same object or path) is read and cut once.
+    """
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images for {len(questions)} questions")
+    if not questions:
+        return []
+    loaded = _load_once(images)
+    samples = [
+        processor.question(question, [] if image is None else [image])
+        for image, question in zip(loaded, questions, strict=True)
+    ]
+    tokens = generate(model, samples, max_new_tokens, processor.tokenizer)
+    texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+@torch.inference_mode()
+def generate(
+    model: LlavaHD, samples: Sequence[Sample], max_new_tokens: int, tokenizer: object
+) -> list[list[int]]:
+    """Greedy continuation of each prompt, up to and without the end token.
+
+    The prompts are embedded as one pack, then laid out with padding on the left, where
+    transformers' `generate` continues them.
+    """
+    batch = pack(samples, model.config).to(model.device)
+    packed = model.embeddings(batch)
+    lengths = [len(sample.ids) for sample in samples]
+    x, mask = pad_left(packed, lengths)
+    end = tokenizer.eos_token_id
+    config = GenerationConfig(  # fresh: Vicuna's own asks for sampling with sampling off
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=end,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    out = model.language.causal_lm.generate(
+        inputs_embeds=x, attention_mask=mask, generation_config=config
+    )
+    rows = out.tolist()
+    return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def pad_left(packed: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """packed `[T H]` -> `[S longest H]`, zeros on the left, and its mask int64 `[S longest]`."""
+    longest = max(lengths)
+    x = packed.new_zeros(len(lengths), longest, packed.shape[1])
+    mask = torch.zeros(len(lengths), longest, dtype=torch.int64, device=packed.device)
+    for number, part in enumerate(packed.split(list(lengths))):
+        x[number, longest - len(part) :] = part
+        mask[number, longest - len(part) :] = 1
+    return x, mask
+
+
+def _load_once(images: Sequence[Image | str | Path | None]) -> list[Image | None]:
+    seen: dict[str, Image] = {}
+    loaded: list[Image | None] = []
+    for image in images:
+        if isinstance(image, (str, Path)):
+            key = str(image)
+            if key not in seen:
+                seen[key] = load_image(image)
+            loaded.append(seen[key])
+        else:
+            loaded.append(image)
+    return loaded

@@ -1,0 +1,104 @@
+"""LlavaHD: a CLIP tower, a projector, a row-end token and a causal LM; one forward for all uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, PreTrainedModel
+
+from .config import LlavaHDConfig
+from .language import LanguageModel
+from .packing import PackedBatch
+from .projector import Placer, build_projector
+from .vision import VisionTower
+
+
+@dataclass(frozen=True)
+class Output:
+    """loss_sum: scalar fp32, the summed cross entropy over `num_label_tokens` tokens."""
+
+    loss_sum: Tensor
+    num_label_tokens: int
+
+
+class LlavaHD(nn.Module):
+    """The model. `forward` reads a pack and returns its loss; `hidden` and `logits` stop earlier.
+
+    Parts: `vision`, `projector`, `placer` (holds the row-end), `language`. Build it with
+    `from_pretrained`, or from a tower and a language model with model/assemble.py.
+    """
+
+    def __init__(
+        self, config: LlavaHDConfig, clip: CLIPVisionModel, causal_lm: PreTrainedModel
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(clip, config.vision_layer)
+        self.language = LanguageModel(causal_lm)
+        width = self.language.width
+        self.projector = build_projector(config.projector, clip.config.hidden_size, width)
+        self.placer = Placer(width, config.hd.row_end)
+
+    @property
+    def row_end(self) -> Tensor | None:
+        """The learned row-end `[H]`, or None."""
+        return self.placer.row_end
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.projector.parameters()).device
+
+    def embeddings(self, batch: PackedBatch) -> Tensor:
+        """The packed embedding sequence `[T H]`: text, visual rows and row-ends in their places."""
+        features = self.vision(batch.tiles)  # [N P D]
+        rows = self.projector(features, batch.rows)  # [R H]
+        text = self.language.embed(batch.ids)  # [T H]
+        return self.placer(text, rows, batch.source)  # [T H]
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states `[T H]`."""
+        x = self.embeddings(batch)
+        return self.language.read(x, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+
+    def forward(self, batch: PackedBatch) -> Output:
+        """The summed loss of a pack.
+
+        A pack without images reads one zero tile whose row is placed nowhere: its gradient is
+        zero, but every rank runs the same modules (no hang under ZeRO).
+        """
+        hidden = self.hidden(batch)
+        loss_sum = self.language.head(hidden, batch.label_rows, batch.targets)
+        return Output(loss_sum, batch.num_label_tokens)
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """`[T V]` for every place; for comparison and scoring, not for training."""
+        return self.language.head(self.hidden(batch))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        attention: str = "auto",
+    ) -> LlavaHD:
+        """The model of a folder: one of ours, or transformers' `llava_next` or `llava`.
+
+        Raises UsageError where the folder holds no model, DataError where tensors are missing.
+        """
+        from .weights import load_model  # weights builds LlavaHD, so it cannot be imported above
+
+        return load_model(path, dtype=dtype, attention=attention).to(device).eval()
+
+    def save_pretrained(
+        self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write config.json and safetensors; `state_dict` replaces the model's own tensors
+        (a trainer that holds them in partitions gathers them first)."""
+        from .weights import save_model
+
+        save_model(self, path, state_dict)

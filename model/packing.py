@@ -1,0 +1,151 @@
+"""Samples to a `PackedBatch`: sequences end to end, and the index tables for the device.
+
+Letters: N tiles, P patches of a tile, R visual rows kept, T tokens, S sequences, L label tokens.
+Everything ragged is settled here, on the CPU, in the loader's workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..hd.merge import ROW_END, visual_source
+from ..hd.plan import TilePlan
+from ..kernels.place_rows import TEXT
+from .config import LlavaHDConfig
+from .prompt import IGNORE
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence: ids and labels `[t]`, and per image its plan and tiles uint8 `[n 3 px px]`."""
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    plans: tuple[TilePlan, ...] = ()
+    tiles: tuple[Tensor, ...] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Samples laid end to end.
+
+    tiles: uint8 `[N 3 px px]`; one zero tile when no sample has an image (`has_dummy`).
+    rows: int64 `[R]`, the feature rows kept, among N·P. source: int64 `[T]`, what stands at each
+    place (kernels/place_rows.py). ids, positions: int64 `[T]`; positions restart in each sample.
+    cu_seqlens: int32 `[S+1]`; max_seqlen the longest. label_rows, targets: int64 `[L]`, the
+    places that predict a learned token, and that token (shifted inside each sample, so no
+    sample predicts the next one's first token).
+    """
+
+    tiles: Tensor
+    rows: Tensor
+    source: Tensor
+    ids: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    label_rows: Tensor
+    targets: Tensor
+    max_seqlen: int
+    num_images: int
+    has_dummy: bool
+    names: tuple[str, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_label_tokens(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: str | torch.device, non_blocking: bool = False) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory (called by torch's DataLoader)."""
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, change: Any) -> PackedBatch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(v) for k, v in tensors.items() if torch.is_tensor(v)})
+
+
+def pack(samples: Sequence[Sample], config: LlavaHDConfig) -> PackedBatch:
+    """Lay samples end to end.
+
+    Raises ValueError, naming the sample, when its placeholders differ from its plans' tokens.
+    """
+    lengths = [len(sample.ids) for sample in samples]
+    if not samples or min(lengths) == 0:
+        raise ValueError("pack needs at least one sample, and none of length zero")
+    ids = np.concatenate([np.asarray(sample.ids, dtype=np.int64) for sample in samples])
+    labels = np.concatenate([_next_labels(sample) for sample in samples])
+    tiles = [tile for sample in samples for tile in sample.tiles]
+    rows, source = _tables(samples, ids, config)
+    px = config.hd.tile_px
+    label_rows = np.flatnonzero(labels != IGNORE)
+    return PackedBatch(
+        tiles=torch.cat(tiles) if tiles else torch.zeros(1, 3, px, px, dtype=torch.uint8),
+        rows=torch.from_numpy(rows),
+        source=torch.from_numpy(source),
+        ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        label_rows=torch.from_numpy(label_rows),
+        targets=torch.from_numpy(labels[label_rows]),
+        max_seqlen=max(lengths),
+        num_images=len(tiles),
+        has_dummy=not tiles,
+        names=tuple(sample.name for sample in samples),
+    )
+
+
+def _next_labels(sample: Sample) -> np.ndarray:
+    """int64 `[t]`: what each place must predict, the label of the next; the last predicts none."""
+    if len(sample.labels) != len(sample.ids):
+        raise ValueError(f"{sample.name}: {len(sample.labels)} labels, {len(sample.ids)} ids")
+    return np.append(np.asarray(sample.labels[1:], dtype=np.int64), IGNORE)
+
+
+def _tables(
+    samples: Sequence[Sample], ids: np.ndarray, config: LlavaHDConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Kept feature rows `[R]` among all tiles' rows, and the source of every place `[T]`."""
+    rows: list[np.ndarray] = []
+    visual: list[np.ndarray] = []
+    first_row, kept = 0, 0
+    for sample in samples:
+        planned = sum(plan.num_tokens for plan in sample.plans)
+        holders = sum(1 for token in sample.ids if token == config.image_token_id)
+        cut = sum(len(tiles) for tiles in sample.tiles), sum(p.num_tiles for p in sample.plans)
+        if holders != planned or cut[0] != cut[1] or len(sample.plans) != len(sample.tiles):
+            raise ValueError(
+                f"{sample.name}: {holders} image placeholders for {planned} visual tokens, "
+                f"{cut[0]} tiles for {cut[1]} planned"
+            )
+        for plan in sample.plans:
+            table = visual_source(plan)
+            is_row = table != ROW_END
+            rows.append(table[is_row] + first_row)
+            numbered = np.full(len(table), ROW_END, dtype=np.int64)
+            numbered[is_row] = kept + np.arange(is_row.sum())
+            visual.append(numbered)
+            first_row += plan.num_tiles * plan.config.patches_per_tile
+            kept += int(is_row.sum())
+    source = np.full(len(ids), TEXT, dtype=np.int64)
+    if visual:
+        source[ids == config.image_token_id] = np.concatenate(visual)
+        return np.concatenate(rows), source
+    return np.zeros(1, dtype=np.int64), source

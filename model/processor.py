@@ -1,0 +1,83 @@
+"""Images and words to samples: the one way from a conversation to the model, in every use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer
+
+from ..hd.image import image_size, load_image
+from ..hd.plan import TilePlan, plan_image
+from ..hd.tiler import tile_image
+from .config import LlavaHDConfig, read_config_json
+from .packing import Sample
+from .prompt import IGNORE, IMAGE_TAG, Turn, encode_conversation, encode_question
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+class Processor:
+    """Plans and cuts images, writes prompts; the same in training, evaluation and chat."""
+
+    def __init__(self, tokenizer: Any, config: LlavaHDConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Processor:
+        """The processor of a folder of ours (tokenizer files and config.json)."""
+        config = LlavaHDConfig.from_dict(read_config_json(path))
+        return cls(AutoTokenizer.from_pretrained(path), config)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the tokenizer files; the configuration is the model's config.json."""
+        self.tokenizer.save_pretrained(path)
+
+    def cut(self, image: Image) -> tuple[TilePlan, torch.Tensor]:
+        """The plan of an RGB image and its tiles uint8 `[n 3 px px]`."""
+        plan = plan_image(image_size(image), self.config.hd)
+        return plan, tile_image(image, plan)
+
+    def conversation(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Image],
+        max_length: int | None = None,
+        template: str | None = None,
+        name: str = "",
+    ) -> Sample:
+        """A training sample; raises SampleError (model/prompt.py)."""
+        cuts = [self.cut(image) for image in images]
+        encoded = encode_conversation(
+            self.tokenizer,
+            turns,
+            [plan.num_tokens for plan, _ in cuts],
+            self.config.template if template is None else template,
+            self.config.image_token_id,
+            max_length,
+        )
+        plans, tiles = tuple(plan for plan, _ in cuts), tuple(tile for _, tile in cuts)
+        return Sample(encoded.ids, encoded.labels, plans, tiles, name)
+
+    def question(self, text: str, images: Sequence[Image] = (), name: str = "") -> Sample:
+        """A prompt that waits for its answer; image tags are put in front where there are none."""
+        tags = "" if IMAGE_TAG in text else f"{IMAGE_TAG}\n" * len(images)
+        cuts = [self.cut(image) for image in images]
+        ids = encode_question(
+            self.tokenizer,
+            [Turn("human", tags + text)],
+            [plan.num_tokens for plan, _ in cuts],
+            self.config.template,
+            self.config.image_token_id,
+        )
+        plans, tiles = tuple(plan for plan, _ in cuts), tuple(tile for _, tile in cuts)
+        return Sample(ids, [IGNORE] * len(ids), plans, tiles, name)
+
+    @staticmethod
+    def load(source: str | Path | bytes) -> Image:
+        """The image loader (hd/image.py); raises ImageError."""
+        return load_image(source)

@@ -1,0 +1,259 @@
+"""Model folders: our own, written and read; transformers' llava_next and llava, read.
+
+Ours is `config.json` (LlavaHDConfig) and safetensors whose names are the module's own
+(`vision.clip.…`, `projector.…`, `placer.row_end`, `language.causal_lm.…`), in shards of 5 GB with
+an index. Nothing is unpickled, nothing stays random: every tensor is placed or named in an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..hd.errors import DataError, UsageError
+from ..hd.grid import HDConfig, suggest
+from .attention import implementation
+from .config import MODEL_TYPE, LlavaHDConfig, read_config_json
+from .llava_hd import LlavaHD
+
+VISION, LANGUAGE = "vision.clip.", "language.causal_lm."
+TIED_HEAD = LANGUAGE + "lm_head.weight"
+
+
+def load_model(path: str | Path, dtype: torch.dtype, attention: str) -> LlavaHD:
+    """The model of a folder, by the `model_type` in its config.json."""
+    readers = {
+        MODEL_TYPE: _load_native,
+        "llava_next": _load_llava_next,
+        "llava": _load_llava,
+    }
+    kind = read_config_json(path)["model_type"]
+    if kind not in readers:
+        raise UsageError(f"{path}: model_type {kind!r} cannot be read; {suggest(kind, readers)}")
+    with quiet_transformers():
+        return readers[kind](Path(path), dtype, implementation(attention))
+
+
+def save_model(
+    model: LlavaHD, path: str | Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a folder that `load_model` reads."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = dict(model.state_dict() if state_dict is None else state_dict)
+    if model.config.text.get("tie_word_embeddings"):
+        state.pop(TIED_HEAD, None)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    text = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def config_dict(config: PreTrainedConfig) -> dict[str, Any]:
+    """A transformers configuration as JSON-able values, every field written out."""
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' loading bars; its warnings stay."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def read_state(folder: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """The tensors of a folder's safetensors files whose names begin with one of `prefixes`."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"model folder {folder} has no .safetensors file; save the model again")
+    _check_shards(folder, files)
+    state = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = [name for name in tensors.keys() if name.startswith(prefixes)]  # noqa: SIM118
+                state.update({name: tensors.get_tensor(name) for name in names})
+        except SafetensorError as error:
+            raise DataError(f"{file} is damaged ({error}); copy or save it again") from error
+    return state
+
+
+def load_parts(
+    clip: nn.Module | None, target: nn.Module, state: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Copy `state` into `target`, strictly; DataError names what is missing or left over."""
+    missing, unexpected = target.load_state_dict(state, strict=False)
+    _require_all(folder, missing, unexpected)
+
+
+def _check_shards(folder: Path, files: list[Path]) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    missing = sorted(named - {file.name for file in files})
+    if missing:
+        raise DataError(f"model folder {folder} lacks {missing[0]} ({len(missing)} shards missing)")
+
+
+def _require_all(folder: Path, missing: Any, unexpected: Any, mismatched: Any = ()) -> None:
+    for what, names in (
+        ("lacks", missing),
+        ("has an unknown tensor", unexpected),
+        ("has a tensor of another shape:", mismatched),
+    ):
+        if names:
+            first = sorted(map(str, names))[0]
+            raise DataError(
+                f"model folder {folder} {what} {first} ({len(names)} such); "
+                "its config.json and its weights do not belong together"
+            )
+
+
+def _load_native(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
+    config = LlavaHDConfig.from_dict(read_config_json(folder))
+    state = read_state(folder)
+    clip = _from_state(
+        CLIPVisionModel,
+        CLIPVisionConfig.from_dict(dict(config.vision)),
+        state,
+        VISION,
+        folder,
+        dtype,
+        attention,
+    )
+    text_values = dict(config.text)
+    text = AutoConfig.for_model(text_values.pop("model_type"), **text_values)
+    causal_class = type(_on_meta(text))
+    causal_lm = _from_state(causal_class, text, state, LANGUAGE, folder, dtype, attention)
+    model = LlavaHD(config, clip, causal_lm)
+    own = {k: v for k, v in state.items() if not k.startswith((VISION, LANGUAGE))}
+    found = model.load_state_dict(own, strict=False)
+    missing = [k for k in found.missing_keys if not k.startswith((VISION, LANGUAGE))]
+    _require_all(folder, missing, found.unexpected_keys)
+    return model.to(dtype)
+
+
+def _on_meta(text: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(text)
+
+
+def _from_state(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    state: Mapping[str, Tensor],
+    prefix: str,
+    folder: Path,
+    dtype: torch.dtype,
+    attention: str,
+) -> Any:
+    """A transformers module from the tensors below `prefix`, none missing, none left over."""
+    part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    model, info = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=part,
+        dtype=dtype,
+        attn_implementation=attention,
+        output_loading_info=True,
+    )
+    _require_all(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    return model
+
+
+def _load_llava_next(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
+    theirs = _from_transformers(LlavaNextForConditionalGeneration, folder, dtype, attention)
+    tile_px = theirs.config.vision_config.image_size
+    hd = HDConfig(
+        tile_px=tile_px,
+        patch_px=theirs.config.vision_config.patch_size,
+        grids=tuple((h // tile_px, w // tile_px) for h, w in theirs.config.image_grid_pinpoints),
+        global_view="squash",
+        keep="llava_next",
+        row_end=True,
+        pad_colour="black",
+    )
+    model = _take_over(theirs, hd, attention)
+    model.placer.row_end.data.copy_(theirs.model.image_newline.data)
+    return model
+
+
+def _load_llava(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
+    theirs = _from_transformers(LlavaForConditionalGeneration, folder, dtype, attention)
+    hd = HDConfig(
+        tile_px=theirs.config.vision_config.image_size,
+        patch_px=theirs.config.vision_config.patch_size,
+        grids=(),
+        global_view="pad",
+        keep="all",
+        row_end=False,
+        pad_colour="mean",
+    )
+    return _take_over(theirs, hd, attention)
+
+
+def _from_transformers(
+    model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype, attention: str
+) -> Any:
+    model, info = model_class.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+    )
+    _require_all(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    theirs = model.config
+    for name, value, ours in (
+        ("vision_feature_select_strategy", theirs.vision_feature_select_strategy, "default"),
+        ("projector_hidden_act", theirs.projector_hidden_act, "gelu"),
+        ("multimodal_projector_bias", theirs.multimodal_projector_bias, True),
+    ):
+        if value != ours:
+            raise UsageError(f"{folder}/config.json: {name} is {value!r}, only {ours!r} is read")
+    return model
+
+
+def _take_over(theirs: Any, hd: HDConfig, attention: str) -> LlavaHD:
+    """Our model around the loaded modules of transformers' one; no tensor is copied twice."""
+    text = theirs.config.text_config
+    causal_lm = _on_meta(text)
+    setattr(causal_lm, causal_lm.base_model_prefix, theirs.model.language_model)
+    causal_lm.set_output_embeddings(theirs.lm_head)
+    causal_lm.set_attn_implementation(attention)
+    config = LlavaHDConfig(
+        hd=hd,
+        vision=config_dict(theirs.config.vision_config),
+        text=config_dict(text),
+        image_token_id=theirs.config.image_token_id,
+        projector="mlp2x_gelu",
+        vision_layer=theirs.config.vision_feature_layer,
+    )
+    model = LlavaHD(config, theirs.model.vision_tower, causal_lm)
+    linears = theirs.model.multi_modal_projector
+    model.projector.weight_1.data = linears.linear_1.weight.data
+    model.projector.bias_1.data = linears.linear_1.bias.data
+    model.projector.weight_2.data = linears.linear_2.weight.data
+    model.projector.bias_2.data = linears.linear_2.bias.data
+    return model.to(theirs.dtype)

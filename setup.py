@@ -1,0 +1,59 @@
+"""Packaging of llava-hd: every root folder is one sub-package, `llava_hd.<folder>`.
+
+The folders have no `__init__.py` (a regular package called `kernels` on the path breaks the
+import of transformers; docs/decisions.md, "Six folders at the root").
+"""
+
+from setuptools import setup
+
+FOLDERS = ["hd", "kernels", "model", "train", "bench", "cli"]
+
+setup(
+    name="llava-hd",
+    version="0.1.0",
+    description="LLaVA-1.5-HD: tile images, train in two stages, compare hallucination on POPE",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[f"llava_hd.{folder}" for folder in FOLDERS],
+    package_dir={f"llava_hd.{folder}": folder for folder in FOLDERS},
+    package_data={
+        "llava_hd.train": ["recipes/*.yaml"],
+        "llava_hd.model": ["nano/*/*"],
+        "llava_hd.bench": ["templates/*"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.16,<5.21",
+        "deepspeed>=0.19.8",
+        "einops",
+        "jinja2",
+        "jsonargparse>=4.53",
+        "matplotlib",
+        "numpy",
+        "pillow>=12",
+        "protobuf",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "scipy",
+        "sentencepiece",
+        "tensorboard",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.6", "liger-kernel", "xformers", "flash-attn"],
+        "web": ["gradio"],
+        "eval": ["lmms-eval"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["llava-hd = llava_hd.cli.main:main"]},
+)

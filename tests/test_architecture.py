@@ -1,0 +1,121 @@
+"""The shape of the house: arrows between rooms, one door per foreign library, no packages at root."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ARROWS = {
+    "hd": set(),
+    "kernels": set(),
+    "model": {"hd", "kernels"},
+    "train": {"model", "hd"},
+    "bench": {"hd", "kernels", "model", "train"},
+    "cli": {"hd", "kernels", "model", "train", "bench"},
+}
+# Library -> the rooms that may import it.
+DOORS = {
+    "triton": {"kernels", "bench"},
+    "PIL": {"hd"},
+    "transformers": {"model"},
+    "tokenizers": {"model"},
+    "deepspeed": {"train"},
+    "jsonargparse": {"cli"},
+    "rich": {"cli"},
+    "gradio": {"cli"},
+}
+WITHOUT_TORCH = ["hd/errors.py", "hd/grid.py", "hd/plan.py", "train/config.py", "model/config.py"]
+
+
+def sources() -> list[Path]:
+    return [path for room in ARROWS for path in sorted((ROOT / room).glob("*.py"))]
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, module) of every import that runs; those for type checking alone are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or ""))
+    return found
+
+
+def test_there_are_sources_in_every_room() -> None:
+    assert {path.parent.name for path in sources()} == set(ARROWS)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_follow_the_arrows_and_use_the_doors(path: Path) -> None:
+    room = path.parent.name
+    for level, module in imports(path):
+        first = module.split(".")[0]
+        assert not (level == 0 and first == "llava_hd"), f"{module}: imports inside are relative"
+        if level == 2:
+            assert first in ARROWS[room], f"{room} may not import {first}"
+        elif level == 0 and first in DOORS:
+            assert room in DOORS[first], f"{first} is not imported in {room}/"
+
+
+def test_no_root_folder_is_a_regular_package() -> None:
+    assert not [str(p) for room in [*ARROWS, "tests"] for p in (ROOT / room).rglob("__init__.py")]
+
+
+def test_rooms_are_flat() -> None:
+    nested = [p for room in ARROWS for p in (ROOT / room).rglob("*.py") if p.parent.name != room]
+    assert not nested
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_transformers_imports_a_model_class_from_the_root() -> None:
+    assert "ok" in run("from transformers import LlamaForCausalLM; print('ok')")
+
+
+@pytest.mark.parametrize("path", WITHOUT_TORCH)
+def test_configuration_modules_do_not_import_torch(path: str) -> None:
+    module = "llava_hd." + path.removesuffix(".py").replace("/", ".")
+    assert "False" in run(f"import sys, {module}; print('torch' in sys.modules)")
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from llava_hd.cli.main import main; main(['--help']); "
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    assert run(code).endswith("False False\n")
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        assert "trust_remote_code" not in text, path
+        assert "torch.load(" not in text, path
+        assert "yaml.load(" not in text, path
+
+
+def test_readme_names_every_source_file() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [p.name for p in sources() if p.name not in readme]
+    assert not missing

@@ -1,0 +1,56 @@
+"""The label-row loss against torch's cross entropy."""
+
+import pytest
+import torch
+
+from llava_hd.kernels import linear_loss as module
+from llava_hd.kernels.linear_loss import linear_loss, linear_loss_reference
+
+
+def inputs(
+    tokens: int, labels: int, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, 12, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(31, 12, generator=generator, dtype=dtype).requires_grad_()
+    rows = torch.randperm(tokens, generator=generator)[:labels]
+    targets = torch.randint(0, 31, (labels,), generator=generator)
+    return hidden, weight, rows, targets
+
+
+@pytest.mark.parametrize("labels", [1, 5, 40])
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+def test_loss_and_gradients_are_torchs_for_every_chunk_size(
+    labels: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_ROWS", chunk)
+    args = inputs(50, labels)
+    ours, theirs = linear_loss(*args), linear_loss_reference(*args)
+    torch.testing.assert_close(ours, theirs)
+    our_gradients = torch.autograd.grad(3 * ours, args[:2])
+    their_gradients = torch.autograd.grad(3 * theirs, args[:2])
+    for a, b in zip(our_gradients, their_gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_pass_gradcheck_in_fp64() -> None:
+    hidden, weight, rows, targets = inputs(6, 4)
+    assert torch.autograd.gradcheck(lambda h, w: linear_loss(h, w, rows, targets), (hidden, weight))
+
+
+def test_no_label_gives_zero_loss_and_zero_gradients() -> None:
+    hidden, weight, rows, targets = inputs(6, 0)
+    loss = linear_loss(hidden, weight, rows, targets)
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad.eq(0).all() and weight.grad.eq(0).all()
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight, rows, targets = inputs(6, 3)
+    linear_loss(hidden, weight.detach(), rows, targets).backward()
+    assert hidden.grad.abs().sum() > 0
+
+
+def test_the_sum_is_fp32_for_narrow_inputs() -> None:
+    hidden, weight, rows, targets = inputs(64, 64, torch.bfloat16)
+    assert linear_loss(hidden, weight, rows, targets).dtype == torch.float32
