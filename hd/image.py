@@ -54,11 +54,13 @@ class ImageLimits:
     """What the loader refuses; checked on the file and its header, before decoding.
 
     max_pixels above Pillow's own limit (89 million) has no effect: its warning is an error here.
+    max_side_px bounds the square that a padded view stands for.
     max_aspect: longest side over shortest; None allows every shape.
     """
 
     max_bytes: int = 256 * 2**20
     max_pixels: int = 80_000_000
+    max_side_px: int = 32_768
     max_aspect: float | None = None
 
 
@@ -145,6 +147,9 @@ def _check_header(image: Image.Image, name: str, limits: ImageLimits) -> None:
     if height * width > limits.max_pixels:
         reason = f"{height}x{width} pixels, above the limit of {limits.max_pixels}"
         raise ImageError(name, reason, "make it smaller or raise max_pixels")
+    if max(height, width) > limits.max_side_px:
+        reason = f"{height}x{width} pixels, a side above the limit of {limits.max_side_px}"
+        raise ImageError(name, reason, "make it smaller or raise max_side_px")
     aspect = max(height, width) / max(1, min(height, width))
     if limits.max_aspect is not None and aspect > limits.max_aspect:
         reason = f"{height}x{width} pixels, longer than {limits.max_aspect:g} to 1"

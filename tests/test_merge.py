@@ -54,7 +54,7 @@ def test_cut_then_merge_is_the_identity_on_an_image_of_coordinates(grid):
 
 
 def test_merging_tiles_of_a_map_gives_the_map():
-    whole = np.arange(6 * 4 * 9).reshape(2 * 4, 3 * 4, -1)
+    whole = np.arange(8 * 12 * 5).reshape(2 * 4, 3 * 4, -1)
     tiles = rearrange(whole, "(r i) (c j) d -> (r c i j) d", r=2, c=3)
     assert np.array_equal(merge_tiles(tiles, (2, 3), 4), whole)
 

@@ -60,7 +60,8 @@ def test_the_plan_equals_transformers_on_twenty_thousand_sizes(name):
         cells = torch.arange(plan.map_size[0] * plan.map_size[1]).view(1, *plan.map_size)
         theirs = unpad_image(cells, size)
         if theirs.numel() == 0:
-            thin += 1
+            thin += 1  # the deviation: the touched cells, instead of none
+            assert np.array_equal(kept_mask(plan), touched_by_brute_force(plan)), size
             continue
         ours = cells[:, slice(*plan.kept_rows), slice(*plan.kept_cols)]
         assert ours.shape == theirs.shape and ours[0, 0, 0] == theirs[0, 0, 0], size

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import IMAGE_ID, tiny_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from llava_hd.hd.errors import UsageError
 from llava_hd.model.prompt import (
@@ -114,6 +116,43 @@ def test_truncation_cuts_text_only() -> None:
 def test_faults_are_named(turns: list[Turn], images: list[int], limit: int, words: str) -> None:
     with pytest.raises(SampleError, match=words):
         encode(turns, images, max_length=limit)
+
+
+def llama_tokenizer(legacy: bool) -> PreTrainedTokenizerFast:
+    """A SentencePiece-like tokenizer as Llama has it: words carry their space in front."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # as in Llama, no entry crosses a space
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", "<image>"], show_progress=False
+    )
+    words = f"{SYSTEM}USER: \n is the cat red? ASSISTANT: Yes it is</s>USER: what ASSISTANT: No"
+    tokenizer.train_from_iterator([words] * 3, trainer)
+    if legacy:
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+        tokenizer.pre_tokenizer = None
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_llama_like_tokenizers_give_the_ids_of_the_whole_prompt(legacy: bool) -> None:
+    tokenizer = llama_tokenizer(legacy)
+    turns = conversation("<image>\nis the cat red?", "Yes it is", "what is it", "No cat")
+    encoded = encode_conversation(tokenizer, turns, [2], "vicuna_v1", IMAGE_ID)
+    whole = (
+        f"{SYSTEM}USER: <image><image>\nis the cat red? ASSISTANT: Yes it is</s>"
+        "USER: what is it ASSISTANT: No cat</s>"
+    )
+    assert encoded.ids == [1, *tokenizer(whole, add_special_tokens=False).input_ids]
 
 
 def test_an_unknown_template_is_refused_with_a_suggestion() -> None:

@@ -119,7 +119,7 @@ def test_resizing_in_strips_changes_no_bit(monkeypatch, strip_pixels):
     assert torch.equal(tile_image(image, plan), whole)
 
 
-@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1)])
+@pytest.mark.parametrize("size", [(1, 12_000), (12_000, 1)])
 def test_a_thin_image_is_padded_without_holding_the_square(size):
     image, plan = noise(size), plan_image(size, PRESETS["base224"])
     tracemalloc.start()
@@ -127,7 +127,7 @@ def test_a_thin_image_is_padded_without_holding_the_square(size):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert tiles.shape == (1, 3, 224, 224)
-    assert peak < 300 * 2**20  # the square would be 2.7 GB
+    assert peak < 150 * 2**20  # the square would be 432 MB
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -141,8 +141,8 @@ def test_there_are_as_many_tiles_as_planned(name):
 
 def test_padding_has_the_pad_colour_and_surrounds_the_image():
     config = HDConfig(grids=((1, 2),), global_view="none", pad_colour="mean")
-    plan = plan_image((100, 100), config)
-    tiles = tile_image(from_array(np.full((100, 100, 3), 255, dtype=np.uint8)), plan)
+    plan = plan_image((112, 112), config)
+    tiles = tile_image(from_array(np.full((112, 112, 3), 255, dtype=np.uint8)), plan)
     row = torch.cat([tiles[0, :, 0], tiles[1, :, 0]], dim=1).T
     assert row[:112].unique(dim=0).tolist() == [[122, 116, 104]]
     assert row[112:336].unique(dim=0).tolist() == [[255, 255, 255]]
