@@ -30,7 +30,7 @@ def place_rows_reference(
     for place, number in enumerate(source.tolist()):
         if number == TEXT:
             out.append(text[place])
-        elif number == ROW_END:
+        elif number == ROW_END and row_end is not None:
             out.append(row_end)
         else:
             out.append(rows[number])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def answer_batch(
 
 @torch.inference_mode()
 def generate(
-    model: LlavaHD, samples: Sequence[Sample], max_new_tokens: int, tokenizer: object
+    model: LlavaHD, samples: Sequence[Sample], max_new_tokens: int, tokenizer: Any
 ) -> list[list[int]]:
     """Greedy continuation of each prompt, up to and without the end token.
 

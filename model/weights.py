@@ -199,7 +199,7 @@ def _load_llava_next(folder: Path, dtype: torch.dtype, attention: str) -> LlavaH
         pad_colour="black",
     )
     model = _take_over(theirs, hd, attention)
-    model.placer.row_end.data.copy_(theirs.model.image_newline.data)
+    model.placer.row_end = torch.nn.Parameter(theirs.model.image_newline.data)
     return model
 
 
