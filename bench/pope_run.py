@@ -1,0 +1,277 @@
+"""Asking a model POPE's questions: batches, answers on disk as they come, resuming.
+
+An output folder holds `run.json` (what was asked of which model), `answers.jsonl` (one line per
+answer, in the order they were given) and, once all questions are answered, `scores.json`.
+
+The questions of one image stand next to each other, through all splits: POPE asks 18 questions
+about each of 500 images, and an image that a batch shares is read, decoded and cut only once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..hd.errors import DataError, UsageError
+from .files import sha256, write_json
+from .pope import score_table
+from .pope_data import ANSWERS, Answered, Question, SplitFile, answer_files, read_answers
+from .pope_join import bare_question, join
+
+AnswerBatch = Callable[[list[Path], list[str]], list[str]]  # images, questions -> answers
+RUN, SCORES = "run.json", "scores.json"
+
+# What may differ between the start and the resumption of a run: none of it changes an answer by
+# design, and a smaller batch or another device may be the very reason for starting again.
+FREE_FIELDS = ("batch_size", "device")
+SAMPLED_BLOCKS = 64
+BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What makes a run: written beside its answers, and compared when it is resumed.
+
+    model: path, fingerprint and, where known, the geometry ("hd"). questions: one entry per file,
+    its path, sha256 and number of questions. images: the folder. decoding: how text was made.
+    limit: questions per split, None for all.
+    """
+
+    model: dict[str, Any]
+    prompt: str
+    questions: tuple[dict[str, Any], ...]
+    images: str
+    decoding: dict[str, Any]
+    limit: int | None
+    batch_size: int
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `read_run` reads it back."""
+        return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The part that must be equal for two runs to share one set of answers."""
+        values = {k: v for k, v in asdict(self).items() if k not in FREE_FIELDS}
+        values["model"] = self.model["fingerprint"]
+        values["questions"] = [entry["sha256"] for entry in self.questions]
+        return values
+
+
+def first_questions(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """The first `limit` questions of each split (None: all)."""
+    if limit is None:
+        return list(questions)
+    seen: dict[str, int] = {}
+    chosen = []
+    for question in questions:
+        seen[question.split] = seen.get(question.split, 0) + 1
+        if seen[question.split] <= limit:
+            chosen.append(question)
+    return chosen
+
+
+def grouped_by_image(questions: Sequence[Question]) -> list[Question]:
+    """The questions with those of one image side by side; images in order of appearance."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.image, []).append(question)
+    return [question for group in groups.values() for question in group]
+
+
+def image_paths(questions: Sequence[Question], folder: Path) -> dict[str, Path]:
+    """Where each image is. Raises DataError naming image and question for one that is missing.
+
+    An image name that leads out of the folder is refused.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--images {folder} is not a folder; give the folder of the images")
+    root = os.path.normpath(folder)
+    found: dict[str, Path] = {}
+    missing: list[Question] = []
+    for question in questions:
+        if question.image in found:
+            continue
+        path = Path(os.path.normpath(folder / question.image))
+        if not path.is_relative_to(root):
+            raise DataError(
+                f"{question.where}: image {question.image!r} leads out of {folder}; "
+                "images are named relative to --images"
+            )
+        if not path.is_file():
+            missing.append(question)
+        found[question.image] = path
+    if missing:
+        first = missing[0]
+        raise DataError(
+            f"{folder / first.image}: no such image, asked for by question_id "
+            f"{first.question_id} of split {first.split} ({first.where}); {len(missing)} of "
+            f"{len(found)} images are missing, check --images"
+        )
+    return found
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a model folder: config.json, and each weight file's name, size and content.
+
+    A file above 64 MiB is read at 64 evenly spaced blocks of 1 MiB: enough to tell two
+    checkpoints of a training apart in a second. Raises UsageError without config.json.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise UsageError(f"--model {folder} {what}; give a folder that a model was saved in")
+    digest = hashlib.sha256(config.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        num_bytes = path.stat().st_size
+        digest.update(f"{path.name} {num_bytes}".encode())
+        with path.open("rb") as file:
+            step = max(BLOCK_BYTES, num_bytes // SAMPLED_BLOCKS)
+            for start in range(0, num_bytes, step):
+                file.seek(start)
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def describe_files(files: Sequence[SplitFile], questions: Sequence[Question]) -> list[dict]:
+    """Path, sha256 and number of questions of each question (or label) file."""
+    entries = []
+    for file in files:
+        number = sum(question.where.rpartition(":")[0] == str(file.path) for question in questions)
+        path = str(file.path.resolve())
+        entries.append({"file": path, "sha256": sha256(file.path), "questions": number})
+    return entries
+
+
+def read_run(folder: Path) -> RunRecord | None:
+    """The record in an output folder, None where there is none; DataError for a damaged one."""
+    path = folder / RUN
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        record = RunRecord(**{**values, "questions": tuple(values["questions"])})
+        record.identity()
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: not the record of an evaluation; remove it") from error
+    return record
+
+
+def check_resumable(out: Path, record: RunRecord) -> None:
+    """Refuse, with UsageError, a folder whose answers were made by something else."""
+    run, answers = out / RUN, out / ANSWERS
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; give a folder")
+    if answers.exists() and not run.exists():
+        raise UsageError(f"--out {out} has {ANSWERS} but no {RUN}; choose another folder")
+    old = read_run(out)
+    if old is None:
+        return
+    old_identity = json.loads(json.dumps(old.identity()))
+    new_identity = json.loads(json.dumps(record.identity()))
+    for name, value in new_identity.items():
+        if old_identity[name] != value:
+            raise UsageError(
+                f"--out {out} holds the answers of another run: its {name} is "
+                f"{_shown(old, name)}, now it is {_shown(record, name)}; "
+                "choose another --out, or remove that one"
+            )
+
+
+def _shown(record: RunRecord, name: str) -> str:
+    """A field of a run for an error message; files with a bit of their digest."""
+    value = getattr(record, name)
+    if name == "model":
+        return f"{value['path']} ({value['fingerprint'][:8]})"
+    if name == "questions":
+        return ", ".join(f"{entry['file']} ({entry['sha256'][:8]})" for entry in value)
+    return repr(value)
+
+
+def finished_answers(out: Path, notify: Callable[[str], None]) -> list[Answered]:
+    """The answers that are on disk already; a half-written last line is dropped, with a word.
+
+    Nothing else is repaired: a damaged line elsewhere is a DataError.
+    """
+    path = out / ANSWERS
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+        notify(f"{path}: dropped a half-written last line; its question is asked again")
+    return [
+        Answered(
+            split=answer.split or "",
+            question_id=answer.question_id,
+            image=answer.image or "",
+            question=answer.question or "",
+            label=answer.label or "",
+            text=answer.text,
+        )
+        for answer in read_answers(answer_files([out]))
+    ]
+
+
+def evaluate(
+    questions: Sequence[Question],
+    images: dict[str, Path],
+    answer: AnswerBatch,
+    out: Path,
+    record: RunRecord,
+    done: Sequence[Answered] = (),
+    progress: Callable[[int, int], None] = lambda answered, total: None,
+) -> list[Answered]:
+    """Ask what is not in `done`, write each batch to disk before the next, then the scores.
+
+    `answer` gets image paths and questions with the response prompt; `progress` (answered, total)
+    is called before the first batch and after each. Returns all answers in the order of
+    `questions`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    finished = {item.key for item in done}
+    waiting = [question for question in grouped_by_image(questions) if question.key not in finished]
+    if waiting or not (out / RUN).exists():
+        write_json(out / RUN, record.to_dict())
+    progress(len(questions) - len(waiting), len(questions))
+    with (out / ANSWERS).open("ab") as file:
+        for start in range(0, len(waiting), record.batch_size):
+            batch = waiting[start : start + record.batch_size]
+            texts = answer(
+                [images[question.image] for question in batch],
+                [bare_question(question.text) + record.prompt for question in batch],
+            )
+            if len(texts) != len(batch):
+                raise ValueError(f"{len(texts)} answers for {len(batch)} questions")
+            lines = [
+                json.dumps(asdict(_answered(question, text)), ensure_ascii=False) + "\n"
+                for question, text in zip(batch, texts, strict=True)
+            ]
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            left = len(waiting) - start - len(batch)
+            progress(len(questions) - left, len(questions))
+    answered = join(questions, read_answers(answer_files([out])))
+    write_json(out / SCORES, score_table(answered))
+    return answered
+
+
+def _answered(question: Question, text: str) -> Answered:
+    if question.label is None:
+        raise ValueError(f"{question.where} has no label")
+    return Answered(
+        split=question.split,
+        question_id=question.question_id,
+        image=question.image,
+        question=bare_question(question.text),
+        label=question.label,
+        text=text,
+    )

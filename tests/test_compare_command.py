@@ -1,0 +1,241 @@
+"""`llava-hd compare` as a user calls it: tables, JSON, the report with its pictures, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from pope_files import image_name, true_label, write_lines, write_pope
+from tiny import random_image, tiny_hd
+
+from llava_hd.bench.pope import PROMPT
+from llava_hd.bench.pope_data import read_questions, split_files
+from llava_hd.bench.pope_run import RunRecord, describe_files, evaluate
+from llava_hd.cli.main import main
+
+FLIP = {"yes": "No", "no": "Yes"}
+
+
+def make_run(
+    folder: Path, name: str, wrong: set[int], preset: str | None = "hd448", prompt: str = PROMPT
+) -> Path:
+    """An evaluation of a model that errs on the question ids in `wrong`."""
+    files = split_files([folder / "pope"])
+    questions = read_questions(files)
+    record = RunRecord(
+        model={"path": f"/models/{name}", "fingerprint": name[0] * 64}
+        | ({"hd": tiny_hd(preset).to_dict()} if preset else {}),
+        prompt=prompt,
+        questions=tuple(describe_files(files, questions)),
+        images=str(folder / "images"),
+        decoding={"max_new_tokens": 16, "greedy": True, "dtype": "float32"},
+        limit=None,
+        batch_size=6,
+        device="cpu",
+    )
+    ids = {(q.image, q.text): q.question_id for q in questions}
+
+    def answer(images: list[Path], texts: list[str]) -> list[str]:
+        labels = [true_label(text) for text in texts]
+        asked = [(i.name, t.removesuffix(prompt)) for i, t in zip(images, texts, strict=True)]
+        return [
+            FLIP[label] if ids[key] in wrong else label.title()
+            for key, label in zip(asked, labels, strict=True)
+        ]
+
+    images = {name: folder / "images" / name for name in {q.image for q in questions}}
+    evaluate(questions, images, answer, folder / name, record)
+    return folder / name
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_pope(tmp_path / "pope", num_images=4)
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        random_image((60, 80), seed=number).save(tmp_path / "images" / image_name(number))
+    make_run(tmp_path, "base", wrong={1, 2, 5, 7, 8, 10, 14, 15, 19, 20}, preset="base224")
+    make_run(tmp_path, "hd", wrong={2, 3, 13})
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in ("compare", *words)])
+    done = capsys.readouterr()
+    return code, done.out, done.err
+
+
+def test_both_models_stand_side_by_side_with_what_was_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
+    assert code == 0
+    assert "…" not in out
+    # 24 questions a split: 10 wrong against 3 wrong, of which one shared
+    for pattern in (
+        r"base \(A\) and hd \(B\)",
+        r"accuracy\s+0\.5833\s+0\.8750\s+\+0\.2917",
+        r"random\s+2\s+9\s+0\.065",
+        r"all\s+6\s+27\s+0\.00032",
+        r"hd is better: mean F1",
+        r"original parser; 72 questions, 4 images; 10000 resamples, seed 0",
+        r"coco_pope_popular\.json: 24 questions",
+        r"base: model: /models/base \(bbbb",
+        r'hd: response prompt: "\\nAnswer the question',
+        r"hd: decoding: max_new_tokens 16, greedy True, dtype float32, batches of 6 on cpu",
+    ):
+        assert re.search(pattern, out), pattern
+
+
+def test_the_report_shows_charts_examples_and_what_the_models_see(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
+    page = (folder / "cmp" / "report.html").read_text()
+    assert page.count("<svg ") == 2
+    assert "Only hd is right: the first 8 of" in page
+    assert "Only base is right: the first" in page
+    assert "photo_0.png as seen by base: 1 tile, 16 visual tokens" in page
+    assert "photo_0.png as seen by hd: 5 tiles" in page
+    cards = page.count("<article>")
+    assert page.count('src="data:image/png;base64,') == cards + 4
+
+
+def test_json_is_what_report_json_holds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report == json.loads((folder / "cmp" / "report.json").read_text())
+    assert [report[side]["name"] for side in "ab"] == ["base", "hd"]
+    assert report["a"]["scores"] == json.loads((folder / "base" / "scores.json").read_text())
+    assert report["b"]["run"]["prompt"] == PROMPT
+    difference = report["comparison"]["difference"]["mean"]["f1"]
+    assert difference["low"] <= difference["value"] <= difference["high"]
+    assert 0 < difference["p"] <= 1
+    assert report["comparison"]["mcnemar"]["all"] == {
+        "only_a": 6, "only_b": 27, "p": pytest.approx(0.000324, rel=1e-2),
+    }  # fmt: skip
+
+
+def test_without_images_the_report_is_made_without_pictures(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "images").rename(folder / "moved")
+    code, out, _ = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
+    assert code == 0
+    assert "without pictures: give their folder with --images" in out
+    assert "<img" not in (folder / "cmp" / "report.html").read_text()
+    code, out, _ = run(
+        capsys,
+        folder / "base",
+        folder / "hd",
+        "--out",
+        folder / "cmp",
+        "--images",
+        folder / "moved",
+    )
+    assert code == 0
+    assert "<img" in (folder / "cmp" / "report.html").read_text()
+
+
+def test_foreign_answers_are_compared_with_question_files(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = read_questions(split_files([folder / "pope"]))
+    for name, text in (("a", "Yes"), ("b", "Yes, there is no doubt")):
+        lines = [{"split": q.split, "question_id": q.question_id, "text": text} for q in questions]
+        write_lines(folder / f"{name}.jsonl", lines)
+    words = [folder / "a.jsonl", folder / "b.jsonl", "--questions", folder / "pope"]
+    code, out, _ = run(capsys, *words, "--out", folder / "cmp")
+    assert code == 0
+    assert "No difference is shown" not in out  # the original parser takes B for a no
+    assert "How a and b was run is not known" in out
+    code, out, _ = run(capsys, *words, "--out", folder / "cmp", "--parser", "strict")
+    assert code == 0
+    assert "No difference is shown" in out
+    assert "strict parser" in out
+
+
+def test_differing_settings_are_pointed_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(folder, "other", wrong={1}, prompt="")
+    _, out, _ = run(capsys, folder / "hd", folder / "other", "--out", folder / "cmp")
+    assert 'The response prompt differs: "\\nAnswer the question' in " ".join(out.split())
+    page = (folder / "cmp" / "report.html").read_text()
+    assert "The response prompt differs" in page
+
+
+def test_different_questions_are_refused_and_nothing_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (folder / "hd" / "answers.jsonl").read_text().splitlines(keepends=True)
+    (folder / "short.jsonl").write_text("".join(lines[3:]))
+    code, out, err = run(capsys, folder / "base", folder / "short.jsonl", "--out", folder / "cmp")
+    assert (code, out, err.count("\n")) == (3, "", 1)
+    assert f"3 only in {folder / 'base' / 'answers.jsonl'}" in err
+    assert f"0 only in {folder / 'short.jsonl'}" in err
+    assert not (folder / "cmp").exists()
+
+
+def test_folders_of_the_same_name_are_told_apart(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, name in (("x", "hd"), ("y", "base")):
+        (folder / place).mkdir()
+        (folder / name).rename(folder / place / "pope")
+    words = [folder / "x" / "pope", folder / "y" / "pope", "--out", folder / "cmp"]
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert "x (A) and y (B)" in out
+    _, out, _ = run(capsys, *words, "--names", "HD [448]", "base")
+    assert "HD [448] (A) and base (B)" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["base"], "b"),
+        (["base", "nothing"], "nothing"),
+        (["base", "images"], "no answers.jsonl"),
+        (["base", "hd", "--parser", "loose"], "'loose'"),
+        (["base", "hd", "--seed", "-1"], "--seed"),
+        (["base", "hd", "--resamples", "0"], "--resamples"),
+        (["base", "hd", "--images", "pope"], "photo_0.png"),
+        (["base", "hd", "--names", "m", "m"], "--names"),
+        (["base", "hd", "--out", "images/photo_0.png"], "is a file"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    code, out, err = run(capsys, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+    assert not (folder / "comparison").exists()
+
+
+def test_a_question_of_several_splits_is_one_example(folder: Path) -> None:
+    from llava_hd.bench.compare_report import discordant
+    from llava_hd.bench.contestants import read_contestant
+
+    a, b = (read_contestant(name, folder / name) for name in ("base", "hd"))
+    only_b, only_a = discordant(a, b, "original")
+    for pairs in (only_a, only_b):
+        shown = [(x.image, x.question) for x, _ in pairs]
+        assert len(set(shown)) == len(shown)
+        assert all(x.key == y.key for x, y in pairs)
+    # ids of `yes` questions are the same in all splits, those of `no` questions are not
+    assert len(only_a) == 2
+    assert len(only_b) == 5 + 4 * 3
+    assert {asdict(x)["split"] for x, _ in only_b[:3]} == {"random", "popular", "adversarial"}
+    swapped = discordant(replace(b, name="b"), replace(a, name="a"), "original")
+    assert [y for _, y in swapped[1]] == [x for x, _ in only_b]
