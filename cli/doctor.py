@@ -102,15 +102,13 @@ def probe_library(name: str, module: str, needed: bool, purpose: str, remedy: st
 
 def probe_attention() -> list[Finding]:
     """Which `attention=` choices this machine can run."""
-    from transformers.utils import is_flash_attn_2_available
-
-    from ..model.attention import IMPLEMENTATIONS
+    from ..model.attention import IMPLEMENTATIONS, refusal
 
     findings = []
     for name in IMPLEMENTATIONS:
-        if name == "flash_attention_2" and not is_flash_attn_2_available():
-            reason = "flash-attn is not usable here (not installed, or no CUDA device)"
-            remedy = "use attention=auto; or see flash-attn above"
+        reason = refusal(name)
+        if reason is not None:
+            remedy = "use attention=auto; or see the library above"
             findings.append(Finding(f"attention={name}", "missing", reason, False, remedy))
         else:
             detail = "flash_attention of kernels/, torch path" if name == "auto" else "transformers"

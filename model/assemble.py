@@ -12,10 +12,11 @@ from ..hd.errors import DataError, UsageError
 from ..hd.grid import HDConfig
 from .attention import implementation
 from .config import LlavaHDConfig, read_config_json
+from .foreign import config_dict
 from .llava_hd import LlavaHD
 from .processor import Processor
 from .prompt import IMAGE_TAG, get_template
-from .weights import config_dict, quiet_transformers, read_state
+from .weights import quiet_transformers, read_state
 
 VOCABULARY_MULTIPLE = 64
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
 
 from ..hd.errors import UsageError
 from ..hd.grid import suggest
@@ -30,10 +31,20 @@ IMPLEMENTATIONS = {
 
 
 def implementation(name: str) -> str:
-    """The transformers name of an `attention=` choice; UsageError for an unknown one."""
+    """The transformers name of an `attention=` choice; UsageError for one that cannot run."""
     if name not in IMPLEMENTATIONS:
         raise UsageError(f"attention {name!r} is unknown; {suggest(name, IMPLEMENTATIONS)}")
+    reason = refusal(name)
+    if reason is not None:
+        raise UsageError(f"attention {name!r}: {reason}; choose attention=auto")
     return IMPLEMENTATIONS[name]
+
+
+def refusal(name: str) -> str | None:
+    """Why an `attention=` choice cannot run on this machine; None when it can."""
+    if IMPLEMENTATIONS[name] == "flash_attention_2" and not is_flash_attn_2_available():
+        return "flash-attn is not usable here (not installed, or no CUDA device)"
+    return None
 
 
 def attention_forward(

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ..hd.image import image_size, load_image
 from ..hd.plan import TilePlan, plan_image
 from ..hd.tiler import tile_image
-from .config import LlavaHDConfig, read_config_json
+from .config import LlavaHDConfig
+from .foreign import read_config
 from .packing import Sample
 from .prompt import IGNORE, IMAGE_TAG, Turn, encode_conversation, encode_question
 
@@ -29,9 +30,12 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Processor:
-        """The processor of a folder of ours (tokenizer files and config.json)."""
-        config = LlavaHDConfig.from_dict(read_config_json(path))
-        return cls(AutoTokenizer.from_pretrained(path), config)
+        """The processor of a model folder that `LlavaHD.from_pretrained` reads."""
+        config = read_config(path)
+        text = dict(config.text)
+        # Told what the text model is, transformers does not look at our config.json.
+        told = AutoConfig.for_model(text.pop("model_type"), **text)
+        return cls(AutoTokenizer.from_pretrained(path, config=told), config)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer files; the configuration is the model's config.json."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,28 +29,25 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..hd.errors import DataError, UsageError
-from ..hd.grid import HDConfig, suggest
+from ..hd.errors import DataError
 from .attention import implementation
-from .config import MODEL_TYPE, LlavaHDConfig, read_config_json
+from .config import MODEL_TYPE, read_config_json
+from .foreign import read_config
 from .llava_hd import LlavaHD
 
 VISION, LANGUAGE = "vision.clip.", "language.causal_lm."
 TIED_HEAD = LANGUAGE + "lm_head.weight"
+FOREIGN = {
+    "llava_next": LlavaNextForConditionalGeneration,
+    "llava": LlavaForConditionalGeneration,
+}
 
 
 def load_model(path: str | Path, dtype: torch.dtype, attention: str) -> LlavaHD:
     """The model of a folder, by the `model_type` in its config.json."""
-    readers = {
-        MODEL_TYPE: _load_native,
-        "llava_next": _load_llava_next,
-        "llava": _load_llava,
-    }
-    kind = read_config_json(path)["model_type"]
-    if kind not in readers:
-        raise UsageError(f"{path}: model_type {kind!r} cannot be read; {suggest(kind, readers)}")
+    read = _load_native if read_config_json(path)["model_type"] == MODEL_TYPE else _load_foreign
     with quiet_transformers():
-        return readers[kind](Path(path), dtype, implementation(attention))
+        return read(Path(path), dtype, implementation(attention))
 
 
 def save_model(
@@ -66,11 +63,6 @@ def save_model(
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def config_dict(config: PreTrainedConfig) -> dict[str, Any]:
-    """A transformers configuration as JSON-able values, every field written out."""
-    return json.loads(config.to_json_string(use_diff=False))
 
 
 @contextmanager
@@ -102,14 +94,6 @@ def read_state(folder: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Ten
     return state
 
 
-def load_parts(
-    clip: nn.Module | None, target: nn.Module, state: Mapping[str, Tensor], folder: Path
-) -> None:
-    """Copy `state` into `target`, strictly; DataError names what is missing or left over."""
-    missing, unexpected = target.load_state_dict(state, strict=False)
-    _require_all(folder, missing, unexpected)
-
-
 def _check_shards(folder: Path, files: list[Path]) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -135,7 +119,7 @@ def _require_all(folder: Path, missing: Any, unexpected: Any, mismatched: Any = 
 
 
 def _load_native(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
-    config = LlavaHDConfig.from_dict(read_config_json(folder))
+    config = read_config(folder)
     state = read_state(folder)
     clip = _from_state(
         CLIPVisionModel,
@@ -186,37 +170,6 @@ def _from_state(
     return model
 
 
-def _load_llava_next(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
-    theirs = _from_transformers(LlavaNextForConditionalGeneration, folder, dtype, attention)
-    tile_px = theirs.config.vision_config.image_size
-    hd = HDConfig(
-        tile_px=tile_px,
-        patch_px=theirs.config.vision_config.patch_size,
-        grids=tuple((h // tile_px, w // tile_px) for h, w in theirs.config.image_grid_pinpoints),
-        global_view="squash",
-        keep="llava_next",
-        row_end=True,
-        pad_colour="black",
-    )
-    model = _take_over(theirs, hd, attention)
-    model.placer.row_end = torch.nn.Parameter(theirs.model.image_newline.data)
-    return model
-
-
-def _load_llava(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
-    theirs = _from_transformers(LlavaForConditionalGeneration, folder, dtype, attention)
-    hd = HDConfig(
-        tile_px=theirs.config.vision_config.image_size,
-        patch_px=theirs.config.vision_config.patch_size,
-        grids=(),
-        global_view="pad",
-        keep="all",
-        row_end=False,
-        pad_colour="mean",
-    )
-    return _take_over(theirs, hd, attention)
-
-
 def _from_transformers(
     model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype, attention: str
 ) -> Any:
@@ -224,36 +177,25 @@ def _from_transformers(
         folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
     )
     _require_all(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    theirs = model.config
-    for name, value, ours in (
-        ("vision_feature_select_strategy", theirs.vision_feature_select_strategy, "default"),
-        ("projector_hidden_act", theirs.projector_hidden_act, "gelu"),
-        ("multimodal_projector_bias", theirs.multimodal_projector_bias, True),
-    ):
-        if value != ours:
-            raise UsageError(f"{folder}/config.json: {name} is {value!r}, only {ours!r} is read")
     return model
 
 
-def _take_over(theirs: Any, hd: HDConfig, attention: str) -> LlavaHD:
+def _load_foreign(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
     """Our model around the loaded modules of transformers' one; no tensor is copied twice."""
-    text = theirs.config.text_config
-    causal_lm = _on_meta(text)
+    config = read_config(folder)
+    theirs = _from_transformers(
+        FOREIGN[read_config_json(folder)["model_type"]], folder, dtype, attention
+    )
+    causal_lm = _on_meta(theirs.config.text_config)
     setattr(causal_lm, causal_lm.base_model_prefix, theirs.model.language_model)
     causal_lm.set_output_embeddings(theirs.lm_head)
     causal_lm.set_attn_implementation(attention)
-    config = LlavaHDConfig(
-        hd=hd,
-        vision=config_dict(theirs.config.vision_config),
-        text=config_dict(text),
-        image_token_id=theirs.config.image_token_id,
-        projector="mlp2x_gelu",
-        vision_layer=theirs.config.vision_feature_layer,
-    )
     model = LlavaHD(config, theirs.model.vision_tower, causal_lm)
     linears = theirs.model.multi_modal_projector
     model.projector.weight_1.data = linears.linear_1.weight.data
     model.projector.bias_1.data = linears.linear_1.bias.data
     model.projector.weight_2.data = linears.linear_2.weight.data
     model.projector.bias_2.data = linears.linear_2.bias.data
+    if config.hd.row_end:
+        model.placer.row_end = torch.nn.Parameter(theirs.model.image_newline.data)
     return model.to(theirs.dtype)

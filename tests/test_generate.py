@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import random_image, tiny_hd
+from tiny import random_image, save_llava_next, tiny_hd, tiny_tokenizer
 
 from llava_hd.hd.image import ImageError, save_png
 from llava_hd.model import generate as module
@@ -84,6 +84,22 @@ def test_generation_stops_before_the_end_token(pair) -> None:
     ends = SimpleNamespace(bos_token_id=1, eos_token_id=free[3])
     cut = module.generate(model, [sample], 6, ends)[0]
     assert cut == free[: free.index(free[3])]
+
+
+def test_a_transformers_folder_answers_without_conversion(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_llava_next(tmp_path, "hd448")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    capfd.readouterr()
+    model = LlavaHD.from_pretrained(tmp_path)
+    processor = Processor.from_pretrained(tmp_path)
+    assert processor.config == model.config
+    words = answer(model, processor, random_image((60, 90)), "what is there?", max_new_tokens=4)
+    assert (
+        words == answer_batch(model, processor, [random_image((60, 90))], ["what is there?"], 4)[0]
+    )
+    assert capfd.readouterr().err == ""
 
 
 def test_left_padding_keeps_rows_at_the_right() -> None:

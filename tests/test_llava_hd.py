@@ -24,6 +24,7 @@ from llava_hd.hd.errors import UsageError
 from llava_hd.hd.plan import plan_image
 from llava_hd.hd.tiler import tile_image
 from llava_hd.model.assemble import assemble
+from llava_hd.model.attention import refusal
 from llava_hd.model.generate import generate
 from llava_hd.model.llava_hd import LlavaHD
 from llava_hd.model.packing import Sample, pack
@@ -272,3 +273,10 @@ def test_an_unknown_attention_is_refused_with_a_suggestion(tmp_path: Path) -> No
     save_llava(tmp_path)
     with pytest.raises(UsageError, match="did you mean 'sdpa'"):
         LlavaHD.from_pretrained(tmp_path, attention="spda")
+
+
+@pytest.mark.skipif(refusal("flash_attention_2") is None, reason="flash-attn is installed")
+def test_an_attention_that_cannot_run_here_is_refused_with_the_reason(tmp_path: Path) -> None:
+    save_llava(tmp_path)
+    with pytest.raises(UsageError, match="flash-attn is not usable here"):
+        LlavaHD.from_pretrained(tmp_path, attention="flash_attention_2")

@@ -1,0 +1,77 @@
+"""Configurations of model folders: our own, and transformers' `llava_next` and `llava` as ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..hd.errors import UsageError
+from ..hd.grid import HDConfig, suggest
+from .config import MODEL_TYPE, LlavaHDConfig, read_config_json
+
+# What our forward computes; a folder that asks for something else is refused.
+REQUIRED = {
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+}
+
+
+def read_config(folder: str | Path) -> LlavaHDConfig:
+    """The configuration of a model folder, whoever wrote it. Raises UsageError."""
+    values = read_config_json(folder)
+    kind = values["model_type"]
+    if kind == MODEL_TYPE:
+        return LlavaHDConfig.from_dict(values)
+    readers = {"llava_next": _llava_next_geometry, "llava": _llava_geometry}
+    if kind not in readers:
+        hint = suggest(kind, (MODEL_TYPE, *readers))
+        raise UsageError(f"{folder}: model_type {kind!r} cannot be read; {hint}")
+    theirs = AutoConfig.from_pretrained(folder)
+    for name, ours in REQUIRED.items():
+        value = getattr(theirs, name)
+        if value != ours:
+            raise UsageError(f"{folder}/config.json: {name} is {value!r}, only {ours!r} is read")
+    return LlavaHDConfig(
+        hd=readers[kind](theirs),
+        vision=config_dict(theirs.vision_config),
+        text=config_dict(theirs.text_config),
+        image_token_id=theirs.image_token_id,
+        projector="mlp2x_gelu",
+        vision_layer=theirs.vision_feature_layer,
+    )
+
+
+def config_dict(config: PreTrainedConfig) -> dict[str, Any]:
+    """A transformers configuration as JSON-able values, every field written out."""
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def _llava_next_geometry(theirs: Any) -> HDConfig:
+    """LLaVA-1.6 and 1.5-HD: pinpoints are (height, width) in pixels, multiples of the tile."""
+    tile_px = theirs.vision_config.image_size
+    return HDConfig(
+        tile_px=tile_px,
+        patch_px=theirs.vision_config.patch_size,
+        grids=tuple((h // tile_px, w // tile_px) for h, w in theirs.image_grid_pinpoints),
+        global_view="squash",
+        keep="llava_next",
+        row_end=True,
+        pad_colour="black",
+    )
+
+
+def _llava_geometry(theirs: Any) -> HDConfig:
+    """LLaVA-1.5: one padded view."""
+    return HDConfig(
+        tile_px=theirs.vision_config.image_size,
+        patch_px=theirs.vision_config.patch_size,
+        grids=(),
+        global_view="pad",
+        keep="all",
+        row_end=False,
+        pad_colour="mean",
+    )
