@@ -4,6 +4,8 @@ The folders have no `__init__.py` (a regular package called `kernels` on the pat
 import of transformers; docs/decisions.md, "Six folders at the root").
 """
 
+from pathlib import Path
+
 from setuptools import setup
 
 FOLDERS = ["hd", "kernels", "model", "train", "bench", "cli"]
@@ -12,7 +14,7 @@ setup(
     name="llava-hd",
     version="0.1.0",
     description="LLaVA-1.5-HD: tile images, train in two stages, compare hallucination on POPE",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -3,7 +3,8 @@
 Sub-command modules are imported only when they are called, so `llava-hd --help` imports neither
 torch nor transformers. Each has `build_parser() -> Parser` and `run(args) -> int`.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 bad data, 75 interrupted but resumable.
+Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 bad data, 75 interrupted but
+resumable.
 """
 
 from __future__ import annotations

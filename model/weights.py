@@ -166,7 +166,8 @@ def _from_state(
         attn_implementation=attention,
         output_loading_info=True,
     )
-    _require_all(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    found = (info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    _require_all(folder, *([prefix + _name(key) for key in keys] for keys in found))
     return model
 
 
@@ -178,6 +179,11 @@ def _from_transformers(
     )
     _require_all(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model
+
+
+def _name(key: Any) -> str:
+    """A tensor's name; transformers reports a mismatched one with its two shapes."""
+    return key if isinstance(key, str) else str(key[0])
 
 
 def _load_foreign(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:

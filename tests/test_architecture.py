@@ -1,4 +1,4 @@
-"""The shape of the house: arrows between rooms, one door per foreign library, no packages at root."""
+"""The shape of the house: arrows between rooms, doors for foreign libraries, no packages."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_stage_2_takes_over_projector_and_row_end(parts: Path, tmp_path: Path) -
 
 def test_a_projector_of_another_kind_is_refused(parts: Path, tmp_path: Path) -> None:
     build(parts, projector="linear")[0].save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="need the same model.projector"):
+    with pytest.raises(DataError, match=r"need the same model\.projector"):
         build(parts, projector_from=tmp_path)
 
 

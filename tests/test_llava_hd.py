@@ -265,7 +265,7 @@ def test_the_tower_is_frozen_and_stays_in_eval_mode(next_pair) -> None:
 
 def test_a_tower_of_another_tile_size_is_refused(parts: Path) -> None:
     wrong = replace(tiny_hd("hd448"), tile_px=84)
-    with pytest.raises(UsageError, match="hd.tile_px is 84, but the vision tower takes 56"):
+    with pytest.raises(UsageError, match=r"hd\.tile_px is 84, but the vision tower takes 56"):
         assemble(vision=parts / "vision", language=parts / "language", hd=wrong)
 
 

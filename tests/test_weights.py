@@ -39,16 +39,13 @@ def edit(folder: Path, change) -> None:
 )  # fmt: skip
 def test_a_missing_tensor_is_named_and_nothing_stays_random(folder: Path, name: str) -> None:
     edit(folder, lambda state: state.pop(name))
-    with pytest.raises(
-        DataError,
-        match=f"lacks {name.split('.', 2)[-1] if 'clip' in name or 'causal' in name else name}",
-    ):
+    with pytest.raises(DataError, match=f"lacks {name}"):
         LlavaHD.from_pretrained(folder)
 
 
 def test_a_surplus_tensor_is_named(folder: Path) -> None:
     edit(folder, lambda state: state.update({"projector.bias_9": torch.zeros(2)}))
-    with pytest.raises(DataError, match="unknown tensor projector.bias_9"):
+    with pytest.raises(DataError, match=r"unknown tensor projector\.bias_9"):
         LlavaHD.from_pretrained(folder)
 
 
