@@ -30,6 +30,7 @@ setup(
         "transformers>=5.16,<5.21",
         "deepspeed>=0.19.8",
         "einops",
+        "huggingface_hub",
         "jinja2",
         "jsonargparse>=4.53",
         "matplotlib",

@@ -121,20 +121,20 @@ def _name(source: str | Path | bytes) -> str:
 
 
 def _read(path: Path, name: str, limits: ImageLimits) -> bytes:
-    if path.is_dir():
-        raise ImageError(name, "is a folder", "name the image files in it")
-    if not path.exists():
-        raise ImageError(name, "no such file", "check the path")
-    if not path.is_file():
-        raise ImageError(name, "is not a regular file", "give an image file")
     try:
+        if path.is_dir():
+            raise ImageError(name, "is a folder", "name the image files in it")
+        if not path.exists():
+            raise ImageError(name, "no such file", "check the path")
+        if not path.is_file():
+            raise ImageError(name, "is not a regular file", "give an image file")
         num_bytes = path.stat().st_size
         if num_bytes > limits.max_bytes:
             raise _too_many_bytes(name, num_bytes, limits)
         return path.read_bytes()
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
-        raise ImageError(name, reason, "check its permissions") from error
+        raise ImageError(name, reason, "check the path and its permissions") from error
 
 
 def _too_many_bytes(name: str, num_bytes: int, limits: ImageLimits) -> ImageError:
@@ -154,6 +154,11 @@ def _check_header(image: Image.Image, name: str, limits: ImageLimits) -> None:
     if limits.max_aspect is not None and aspect > limits.max_aspect:
         reason = f"{height}x{width} pixels, longer than {limits.max_aspect:g} to 1"
         raise ImageError(name, reason, "crop it or raise max_aspect")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image already in memory as `load_image` would give it, but for its size limits."""
+    return image if image.mode == "RGB" else _rgb(image, "image in memory")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -72,14 +72,15 @@ class _LinearLoss(torch.autograd.Function):
                 grad_weight += grad_logits.T @ piece
 
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            # In the wide type: a loss scale of 2^16 is not a finite fp16 number.
+            None if grad_hidden is None else (grad_hidden.to(grad.dtype) * grad).to(ctx.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
             None,
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, PreTrainedModel
 
 from ..hd.errors import DataError, UsageError
@@ -16,7 +18,7 @@ from .foreign import config_dict
 from .llava_hd import LlavaHD
 from .processor import Processor
 from .prompt import IMAGE_TAG, get_template
-from .weights import quiet_transformers, read_state
+from .weights import cast_own_parts, quiet_transformers, read_state
 
 VOCABULARY_MULTIPLE = 64
 
@@ -46,8 +48,12 @@ def assemble(
     with quiet_transformers():
         clip = _load(CLIPVisionModel, vision, dtype, attention)
         causal_lm = _load(AutoModelForCausalLM, language, dtype, attention)
-        tokenizer = AutoTokenizer.from_pretrained(language)
-    image_token_id = add_image_token(tokenizer, causal_lm)
+        tokenizer = _load_tokenizer(language)
+        image_token_id = add_image_token(tokenizer, causal_lm)
+        tokenizer = _as_saved(tokenizer)
+    ends = causal_lm.generation_config.eos_token_id
+    if ends is not None:
+        causal_lm.config.eos_token_id = ends  # some models name all their end tokens only there
     config = LlavaHDConfig(
         hd=hd,
         vision=config_dict(clip.config),
@@ -62,7 +68,7 @@ def assemble(
         model = LlavaHD(config, clip, causal_lm)
     if projector_from is not None:
         take_projector(model, projector_from)
-    return model.to(dtype), Processor(tokenizer, config)
+    return cast_own_parts(model, dtype), Processor(tokenizer, config)
 
 
 def add_image_token(tokenizer: Any, causal_lm: PreTrainedModel) -> int:
@@ -106,8 +112,33 @@ def take_projector(model: LlavaHD, folder: str | Path) -> None:
     model.load_state_dict({k: v for k, v in state.items() if k in ours}, strict=False)
 
 
+def _load_tokenizer(folder: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"model folder {folder} has no tokenizer that can be read ({text}); copy its files"
+        ) from error
+
+
+def _as_saved(tokenizer: Any) -> Any:
+    """The tokenizer as it comes back from a saved model folder.
+
+    transformers drops settings (Llama's `legacy`) when it saves, so the two may split words
+    differently behind special tokens; training must use what evaluation will load.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+
 def _load(kind: Any, folder: str | Path, dtype: torch.dtype, attention: str) -> Any:
-    """A part from its folder; DataError when a tensor would stay random."""
+    """A part from its folder; DataError when a tensor would stay random.
+
+    Published parts are safetensors or .bin files; transformers unpickles the latter with
+    weights_only, which runs no code of theirs.
+    """
     try:
         part, info = kind.from_pretrained(
             folder,
@@ -115,8 +146,8 @@ def _load(kind: Any, folder: str | Path, dtype: torch.dtype, attention: str) -> 
             attn_implementation=implementation(attention),
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        text = str(error).splitlines()[0]
+    except (OSError, ValueError, SafetensorError) as error:
+        text = str(error).strip().splitlines()[0]
         raise UsageError(f"model folder {folder} cannot be read as a part: {text}") from error
     random = [*info["missing_keys"], *info["mismatched_keys"]]
     if random:

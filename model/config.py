@@ -10,6 +10,7 @@ from typing import Any
 
 from ..hd.errors import UsageError
 from ..hd.grid import HDConfig, suggest
+from .prompt import get_template
 
 MODEL_TYPE = "llava_hd"
 PROJECTORS = ("mlp2x_gelu", "linear")
@@ -25,7 +26,7 @@ class LlavaHDConfig:
     image_token_id: the id that holds a visual token's place; inside the vocabulary.
     projector: "mlp2x_gelu" (LLaVA-1.5) or "linear" (the original LLaVA).
     vision_layer: index into the tower's hidden states; -2 is the one before the last layer's.
-    image_token: its text. template: name of the conversation template (model/prompt.py).
+    template: name of the conversation template (model/prompt.py).
     """
 
     hd: HDConfig
@@ -34,13 +35,25 @@ class LlavaHDConfig:
     image_token_id: int
     projector: str = "mlp2x_gelu"
     vision_layer: int = -2
-    image_token: str = "<image>"
     template: str = "vicuna_v1"
 
     def __post_init__(self) -> None:
         if self.projector not in PROJECTORS:
             hint = suggest(str(self.projector), PROJECTORS)
             raise UsageError(f"model.projector {self.projector!r} is unknown; {hint}")
+        get_template(self.template)
+        for name, part, key in (
+            ("vision", self.vision, "num_hidden_layers"),
+            ("text", self.text, "model_type"),
+            ("text", self.text, "vocab_size"),
+        ):
+            if key not in part:
+                raise UsageError(f"model.{name} has no {key}; it does not describe a model")
+        if not 0 <= self.image_token_id < self.text["vocab_size"]:
+            raise UsageError(
+                f"model.image_token_id {self.image_token_id} is outside the vocabulary of "
+                f"{self.text['vocab_size']}"
+            )
         for name, key, ours in (
             ("tile", "image_size", self.hd.tile_px),
             ("patch", "patch_size", self.hd.patch_px),
@@ -69,10 +82,10 @@ class LlavaHDConfig:
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in (*known, "model_type", "architectures"):
-                raise UsageError(f"config.json: {key!r} is not a setting; {suggest(key, known)}")
+                raise UsageError(f"{key!r} is not a setting; {suggest(key, known)}")
         missing = [name for name in known if name not in values]
         if missing:
-            raise UsageError(f"config.json: {missing[0]!r} is missing")
+            raise UsageError(f"{missing[0]!r} is missing; save the model again")
         chosen = {name: values[name] for name in known}
         return cls(**{**chosen, "hd": HDConfig.from_dict(values["hd"])})
 

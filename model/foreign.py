@@ -25,7 +25,10 @@ def read_config(folder: str | Path) -> LlavaHDConfig:
     values = read_config_json(folder)
     kind = values["model_type"]
     if kind == MODEL_TYPE:
-        return LlavaHDConfig.from_dict(values)
+        try:
+            return LlavaHDConfig.from_dict(values)
+        except UsageError as error:
+            raise UsageError(f"{folder}/config.json: {error}") from error
     readers = {"llava_next": _llava_next_geometry, "llava": _llava_geometry}
     if kind not in readers:
         hint = suggest(kind, (MODEL_TYPE, *readers))
@@ -35,10 +38,16 @@ def read_config(folder: str | Path) -> LlavaHDConfig:
         value = getattr(theirs, name)
         if value != ours:
             raise UsageError(f"{folder}/config.json: {name} is {value!r}, only {ours!r} is read")
+    if not isinstance(theirs.vision_feature_layer, int):
+        raise UsageError(
+            f"{folder}/config.json: vision_feature_layer is {theirs.vision_feature_layer!r}, "
+            "only one layer is read"
+        )
+    text = config_dict(theirs.text_config)
     return LlavaHDConfig(
         hd=readers[kind](theirs),
         vision=config_dict(theirs.vision_config),
-        text=config_dict(theirs.text_config),
+        text=text | {"tie_word_embeddings": theirs.tie_word_embeddings},
         image_token_id=theirs.image_token_id,
         projector="mlp2x_gelu",
         vision_layer=theirs.vision_feature_layer,
@@ -53,6 +62,12 @@ def config_dict(config: PreTrainedConfig) -> dict[str, Any]:
 def _llava_next_geometry(theirs: Any) -> HDConfig:
     """LLaVA-1.6 and 1.5-HD: pinpoints are (height, width) in pixels, multiples of the tile."""
     tile_px = theirs.vision_config.image_size
+    for pinpoint in theirs.image_grid_pinpoints:
+        if any(length % tile_px for length in pinpoint):
+            raise UsageError(
+                f"config.json: image_grid_pinpoints has {list(pinpoint)}, which is not a multiple "
+                f"of the tower's {tile_px} px"
+            )
     return HDConfig(
         tile_px=tile_px,
         patch_px=theirs.vision_config.patch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..hd.image import load_image
+from ..hd.image import as_rgb, load_image
 from .llava_hd import LlavaHD
 from .packing import Sample, pack
-from .processor import Processor
+from .processor import Cut, Processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,16 +40,17 @@ def answer_batch(
 ) -> list[str]:
     """Greedy answers, in the order of the questions; images and text-only rows may mix.
 
-    An image that several questions share (the same object or path) is read and cut once.
+    An image that several questions share (the same object or path) is read and cut once. Images
+    in memory may have any mode. Raises ImageError for a file that cannot be read.
     """
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions")
     if not questions:
         return []
-    loaded = _load_once(images)
+    cuts = _cut_once(processor, images)
     samples = [
-        processor.question(question, [] if image is None else [image])
-        for image, question in zip(loaded, questions, strict=True)
+        processor.question(question, [] if cut is None else [cut])
+        for cut, question in zip(cuts, questions, strict=True)
     ]
     tokens = generate(model, samples, max_new_tokens, processor.tokenizer)
     texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -68,19 +70,26 @@ def generate(
     packed = model.embeddings(batch)
     lengths = [len(sample.ids) for sample in samples]
     x, mask = pad_left(packed, lengths)
-    end = tokenizer.eos_token_id
-    config = GenerationConfig(  # fresh: Vicuna's own asks for sampling with sampling off
+    ends = end_tokens(model, tokenizer)
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
         bos_token_id=tokenizer.bos_token_id,
     )
     out = model.language.causal_lm.generate(
         inputs_embeds=x, attention_mask=mask, generation_config=config
     )
-    rows = out.tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
+    return [list(takewhile(lambda token: token not in ends, row)) for row in out.tolist()]
+
+
+def end_tokens(model: LlavaHD, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the tokenizer's, and those of the language model's config."""
+    own = model.config.text.get("eos_token_id")
+    others = own if isinstance(own, list) else [own]
+    ends = [tokenizer.eos_token_id, *others]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def pad_left(packed: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -94,15 +103,18 @@ def pad_left(packed: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return x, mask
 
 
-def _load_once(images: Sequence[Image | str | Path | None]) -> list[Image | None]:
-    seen: dict[str, Image] = {}
-    loaded: list[Image | None] = []
+def _cut_once(
+    processor: Processor, images: Sequence[Image | str | Path | None]
+) -> list[Cut | None]:
+    seen: dict[str | int, Cut] = {}
+    cuts: list[Cut | None] = []
     for image in images:
-        if isinstance(image, (str, Path)):
-            key = str(image)
-            if key not in seen:
-                seen[key] = load_image(image)
-            loaded.append(seen[key])
-        else:
-            loaded.append(image)
-    return loaded
+        if image is None:
+            cuts.append(None)
+            continue
+        key = str(image) if isinstance(image, (str, Path)) else id(image)
+        if key not in seen:
+            loaded = load_image(image) if isinstance(image, (str, Path)) else as_rgb(image)
+            seen[key] = processor.cut(loaded)
+        cuts.append(seen[key])
+    return cuts

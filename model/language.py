@@ -4,9 +4,39 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from ..hd.errors import UsageError
 from ..kernels.linear_loss import linear_loss
+from .attention import LLAVA_HD
+
+# Factors between the last hidden state and the logits, which LMHead does not apply.
+LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def refusal(causal_lm: PreTrainedModel) -> str | None:
+    """Why a causal LM would be computed wrongly here, with the remedy; None when it is right."""
+    config = causal_lm.config.to_dict()
+    if not causal_lm._supports_attention_backend:
+        return "its attention cannot be replaced, so packed samples would see each other"
+    if not any(name.endswith("rotary_emb") for name, _ in causal_lm.named_modules()):
+        return "its positions are not rotary, so packed samples would not restart at 0"
+    if causal_lm.get_output_embeddings().bias is not None:
+        return "its head has a bias"
+    for name in LOGIT_SCALES:
+        if config.get(name) not in (None, 1.0):
+            return f"its logits are scaled ({name} {config[name]})"
+    if config.get("attn_logit_softcapping") is not None:
+        return "its attention scores are capped (attn_logit_softcapping)"
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window is not None and config_attention(causal_lm) == LLAVA_HD:
+        return f"its attention has a sliding window of {window}; choose attention=sdpa"
+    return None
+
+
+def config_attention(causal_lm: PreTrainedModel) -> str:
+    """The attention implementation that transformers was told."""
+    return causal_lm.config._attn_implementation
 
 
 class LMHead(nn.Linear):
@@ -29,9 +59,13 @@ class LanguageModel(nn.Module):
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
+        reason = refusal(causal_lm)
+        if reason is not None:
+            kind = causal_lm.config.model_type
+            raise UsageError(f"language model of type {kind!r} cannot be used: {reason}")
+        # What a folder's generation_config.json asks for (sampling, penalties) is not ours.
+        causal_lm.generation_config = GenerationConfig()
         old = causal_lm.get_output_embeddings()
-        if old.bias is not None:
-            raise ValueError("a language model whose head has a bias is not supported")
         with torch.device("meta"):
             head = LMHead(old.in_features, old.out_features, bias=False)
         head.weight = old.weight  # the same Parameter: tied embeddings stay tied

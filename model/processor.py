@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,14 @@ from .prompt import IGNORE, IMAGE_TAG, Turn, encode_conversation, encode_questio
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An image ready for the model: its plan, and its tiles uint8 `[n 3 px px]`."""
+
+    plan: TilePlan
+    tiles: torch.Tensor
 
 
 class Processor:
@@ -41,10 +50,10 @@ class Processor:
         """Write the tokenizer files; the configuration is the model's config.json."""
         self.tokenizer.save_pretrained(path)
 
-    def cut(self, image: Image) -> tuple[TilePlan, torch.Tensor]:
-        """The plan of an RGB image and its tiles uint8 `[n 3 px px]`."""
+    def cut(self, image: Image) -> Cut:
+        """The plan of an RGB image and its tiles."""
         plan = plan_image(image_size(image), self.config.hd)
-        return plan, tile_image(image, plan)
+        return Cut(plan, tile_image(image, plan))
 
     def conversation(
         self,
@@ -59,26 +68,29 @@ class Processor:
         encoded = encode_conversation(
             self.tokenizer,
             turns,
-            [plan.num_tokens for plan, _ in cuts],
+            [cut.plan.num_tokens for cut in cuts],
             self.config.template if template is None else template,
             self.config.image_token_id,
             max_length,
         )
-        plans, tiles = tuple(plan for plan, _ in cuts), tuple(tile for _, tile in cuts)
+        plans, tiles = tuple(cut.plan for cut in cuts), tuple(cut.tiles for cut in cuts)
         return Sample(encoded.ids, encoded.labels, plans, tiles, name)
 
-    def question(self, text: str, images: Sequence[Image] = (), name: str = "") -> Sample:
-        """A prompt that waits for its answer; image tags are put in front where there are none."""
+    def question(self, text: str, images: Sequence[Image | Cut] = (), name: str = "") -> Sample:
+        """A prompt that waits for its answer; image tags are put in front where there are none.
+
+        An image is RGB, or cut already (`cut`), which several questions may share.
+        """
         tags = "" if IMAGE_TAG in text else f"{IMAGE_TAG}\n" * len(images)
-        cuts = [self.cut(image) for image in images]
+        cuts = [image if isinstance(image, Cut) else self.cut(image) for image in images]
         ids = encode_question(
             self.tokenizer,
             [Turn("human", tags + text)],
-            [plan.num_tokens for plan, _ in cuts],
+            [cut.plan.num_tokens for cut in cuts],
             self.config.template,
             self.config.image_token_id,
         )
-        plans, tiles = tuple(plan for plan, _ in cuts), tuple(tile for _, tile in cuts)
+        plans, tiles = tuple(cut.plan for cut in cuts), tuple(cut.tiles for cut in cuts)
         return Sample(ids, [IGNORE] * len(ids), plans, tiles, name)
 
     @staticmethod

@@ -108,7 +108,8 @@ def encode_conversation(
         image_tokens: visual tokens of each image, in the order of the `<image>` tags.
         max_length: text behind it is cut off; visual tokens never are.
 
-    Labels cover the answers and their end tokens, nothing else.
+    Labels cover the answers and their end tokens, nothing else. As in LLaVA, the images of a turn
+    stand in front of it, each followed by a newline, wherever in the text its tag was.
     Raises SampleError: turns out of order, tags that differ from the images, visual tokens that
     do not fit, no label left.
     """
@@ -125,7 +126,10 @@ def encode_question(
     template: str,
     image_token_id: int,
 ) -> list[int]:
-    """Ids of a prompt that waits for the answer to its last (human) turn."""
+    """Ids of a prompt that waits for the answer to its last (human) turn. Raises SampleError."""
+    _check_roles(turns)
+    if len(turns) % 2 == 0:
+        raise SampleError(f"{len(turns)} turns; a question ends with a turn from human")
     chosen = get_template(template)
     pieces = _Pieces(tokenizer, image_token_id)
     _write_turns(pieces, turns, list(image_tokens), chosen)
@@ -133,7 +137,19 @@ def encode_question(
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
-    """Raise SampleError unless roles alternate from human to gpt and the last turn is an answer."""
+    """Raise SampleError unless the turns are a conversation that ends with an answer.
+
+    Roles alternate from human to gpt and no answer is empty.
+    """
+    _check_roles(turns)
+    for number, turn in enumerate(turns):
+        if turn.role == "gpt" and not turn.text.strip():
+            raise SampleError(f"turn {number} is an empty answer; drop it with its question")
+    if len(turns) < 2 or len(turns) % 2:
+        raise SampleError(f"{len(turns)} turns; a conversation ends with an answer from gpt")
+
+
+def _check_roles(turns: Sequence[Turn]) -> None:
     for number, turn in enumerate(turns):
         expected = ("human", "gpt")[number % 2]
         if turn.role != expected:
@@ -141,8 +157,6 @@ def check_turns(turns: Sequence[Turn]) -> None:
                 f"turn {number} is from {turn.role!r}, expected {expected!r}; "
                 "turns alternate human, gpt, beginning with human"
             )
-    if len(turns) < 2 or len(turns) % 2:
-        raise SampleError(f"{len(turns)} turns; a conversation ends with an answer from gpt")
 
 
 def _write_turns(
@@ -160,13 +174,13 @@ def _write_turns(
     for turn in turns:
         if turn.role == "human":
             count = turn.text.count(IMAGE_TAG)
-            text = turn.text.replace(IMAGE_TAG, "").strip()
+            text = turn.text.replace(IMAGE_TAG, "").strip() if count else turn.text
             waiting = _write_human(pieces, template, waiting, text, image_tokens[:count])
             del image_tokens[:count]
         else:
             pieces.text(waiting)
             space = " " if template.assistant else ""
-            pieces.text(space + turn.text.strip() + template.answer_end, learned=True)
+            pieces.text(space + turn.text + template.answer_end, learned=True)
             if template.end_token:
                 pieces.end()
             waiting = ""
@@ -253,6 +267,8 @@ def _cut(pieces: _Pieces, max_length: int | None, image_token_id: int) -> Encode
             )
         ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORE for label in labels):
-        cause = f"max_length {max_length} cuts every answer off" if truncated else "no answer text"
-        raise SampleError(f"no label is left ({cause}); raise max_length or drop the record")
+        raise SampleError(
+            f"max_length {max_length} cuts every answer off, no label is left; "
+            "raise max_length or drop the record"
+        )
     return Encoded(ids, labels, truncated)

@@ -98,7 +98,10 @@ def _check_shards(folder: Path, files: list[Path]) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index} is damaged; copy or save the model again") from error
     missing = sorted(named - {file.name for file in files})
     if missing:
         raise DataError(f"model folder {folder} lacks {missing[0]} ({len(missing)} shards missing)")
@@ -139,7 +142,16 @@ def _load_native(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
     found = model.load_state_dict(own, strict=False)
     missing = [k for k in found.missing_keys if not k.startswith((VISION, LANGUAGE))]
     _require_all(folder, missing, found.unexpected_keys)
-    return model.to(dtype)
+    return cast_own_parts(model, dtype)
+
+
+def cast_own_parts(model: LlavaHD, dtype: torch.dtype) -> LlavaHD:
+    """Projector and row-end in `dtype`; transformers' parts were loaded in it. Casting the whole
+    model would also cast the rotary frequencies, which must stay fp32: in bf16 the rotation is off
+    by more than a radian at position 1,500."""
+    model.projector.to(dtype)
+    model.placer.to(dtype)
+    return model
 
 
 def _on_meta(text: PreTrainedConfig) -> PreTrainedModel:
@@ -165,6 +177,7 @@ def _from_state(
         dtype=dtype,
         attn_implementation=attention,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, in one line
     )
     found = (info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     _require_all(folder, *([prefix + _name(key) for key in keys] for keys in found))
@@ -175,9 +188,14 @@ def _from_transformers(
     model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype, attention: str
 ) -> Any:
     model, info = model_class.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
-    _require_all(folder, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    found = (info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    _require_all(folder, *([_name(key) for key in keys] for keys in found))
     return model
 
 
@@ -189,10 +207,11 @@ def _name(key: Any) -> str:
 def _load_foreign(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
     """Our model around the loaded modules of transformers' one; no tensor is copied twice."""
     config = read_config(folder)
-    theirs = _from_transformers(
-        FOREIGN[read_config_json(folder)["model_type"]], folder, dtype, attention
-    )
-    causal_lm = _on_meta(theirs.config.text_config)
+    model_class = FOREIGN[read_config_json(folder)["model_type"]]
+    theirs = _from_transformers(model_class, folder, dtype, attention)
+    text = theirs.config.text_config
+    text.tie_word_embeddings = theirs.config.tie_word_embeddings  # transformers obeys the outer one
+    causal_lm = _on_meta(text)
     setattr(causal_lm, causal_lm.base_model_prefix, theirs.model.language_model)
     causal_lm.set_output_embeddings(theirs.lm_head)
     causal_lm.set_attn_implementation(attention)
@@ -204,4 +223,4 @@ def _load_foreign(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
     model.projector.bias_2.data = linears.linear_2.bias.data
     if config.hd.row_end:
         model.placer.row_end = torch.nn.Parameter(theirs.model.image_newline.data)
-    return model.to(theirs.dtype)
+    return cast_own_parts(model, dtype)

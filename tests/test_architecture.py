@@ -24,6 +24,8 @@ DOORS = {
     "PIL": {"hd"},
     "transformers": {"model"},
     "tokenizers": {"model"},
+    "huggingface_hub": {"model"},
+    "safetensors": {"model"},
     "deepspeed": {"train"},
     "jsonargparse": {"cli"},
     "rich": {"cli"},

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
-from tiny import save_parts, tiny_hd, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import random_image, save_parts, tiny_hd
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llava_hd.hd.errors import DataError, UsageError
 from llava_hd.model.assemble import add_image_token, assemble
 from llava_hd.model.llava_hd import LlavaHD
+from llava_hd.model.processor import Processor
+from llava_hd.model.prompt import Turn
 
 
 def build(parts: Path, **options):
@@ -24,22 +29,87 @@ def build(parts: Path, **options):
 def test_image_and_pad_join_the_vocabulary_as_average_words(tied: bool, tmp_path: Path) -> None:
     parts = save_parts(tmp_path, tied=tied)
     model = AutoModelForCausalLM.from_pretrained(parts / "language")
-    tokenizer = AutoTokenizer.from_pretrained(parts / "language")
-    backend = tiny_tokenizer()  # the same words without <image> and without padding
-    tokenizer = type(tokenizer)(
-        tokenizer_object=backend.backend_tokenizer, bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer.add_tokens([f"extra{i}" for i in range(320 - len(tokenizer))])
-    before = model.get_input_embeddings().weight.detach().clone()
+    tokenizer = word_tokenizer(320)  # as many words as rows, no <image>, no padding
+    tables = (model.get_input_embeddings, model.get_output_embeddings)
+    before = [table().weight.detach().clone() for table in tables]
     image_id = add_image_token(tokenizer, model)
-    after = model.get_input_embeddings().weight
-    assert tokenizer.convert_ids_to_tokens(image_id) == "<image>"
-    assert image_id < after.shape[0] and after.shape[0] % 64 == 0
-    assert torch.equal(after[:320], before)
-    if after.shape[0] > 320:
-        torch.testing.assert_close(after[-1], before.mean(0))
+    assert image_id == 320 and len(tokenizer) == 322
     assert tokenizer("<image>", add_special_tokens=False).input_ids == [image_id]
     assert tokenizer.pad_token is not None
+    for table, old in zip(tables, before, strict=True):
+        new = table().weight
+        assert new.shape[0] == 384  # the next multiple of 64
+        assert torch.equal(new[:320], old)
+        torch.testing.assert_close(new[320:], old.mean(0).expand(64, -1))
+    assert model.config.vocab_size == 384
+
+
+def word_tokenizer(count: int) -> PreTrainedTokenizerFast:
+    words = ["<unk>", "<s>", "</s>", *(f"word{i}" for i in range(count - 3))]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_training_and_evaluation_split_a_llama_prompt_alike(legacy: bool, tmp_path: Path) -> None:
+    parts = save_parts(tmp_path)
+    language = parts / "language"
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (language / name).unlink(missing_ok=True)
+    words = "USER: is the cat red? ASSISTANT: Yes it is the dog No what colour"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words] * 50),
+        model_prefix=str(language / "tokenizer"),
+        model_type="bpe",
+        vocab_size=310,
+        byte_fallback=True,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "unk_token": "<unk>"}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>"}
+    (language / "tokenizer_config.json").write_text(json.dumps(settings))
+    model, processor = build(parts)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    again = Processor.from_pretrained(tmp_path / "model")
+    turns = [Turn("human", "<image>\nis the cat red?"), Turn("gpt", "Yes"), Turn("human", "what")]
+    turns.append(Turn("gpt", "No </s> dog"))
+    image = random_image((60, 60))
+    trained, loaded = (p.conversation(turns, [image]) for p in (processor, again))
+    assert trained.ids == loaded.ids and trained.labels == loaded.labels
+    assert max(trained.ids) < model.language.causal_lm.config.vocab_size
+
+
+def test_the_row_end_starts_at_the_size_of_a_unit_vector(parts: Path) -> None:
+    ends = torch.cat([build(parts, seed=seed)[0].row_end.detach() for seed in range(40)])
+    assert abs(ends.std() * 48**0.5 - 1) < 0.1 and abs(ends.mean()) < 0.02
+
+
+def test_a_layer_outside_the_tower_is_refused(parts: Path) -> None:
+    with pytest.raises(UsageError, match="vision_layer -5 is outside the tower's 3 layers"):
+        build(parts, vision_layer=-5)
+
+
+def test_a_language_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
+    parts = save_parts(tmp_path)
+    for path in (parts / "language").glob("*token*"):
+        path.unlink()
+    with pytest.raises(UsageError, match="has no tokenizer that can be read") as error:
+        build(parts)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_language_weights_are_named_in_one_line(tmp_path: Path) -> None:
+    parts = save_parts(tmp_path)
+    file = parts / "language" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UsageError, match="cannot be read as a part") as error:
+        build(parts)
+    assert "\n" not in str(error.value)
 
 
 def test_the_seed_decides_the_projector_and_leaves_the_global_generator_alone(parts: Path) -> None:

@@ -15,6 +15,7 @@ from llava_hd.hd.image import (
     FORMATS,
     ImageError,
     ImageLimits,
+    as_rgb,
     from_array,
     image_size,
     load_image,
@@ -29,6 +30,18 @@ QUARTERS = np.zeros((16, 24, 3), dtype=np.uint8)
 QUARTERS[:8, :12, 0] = QUARTERS[:8, 12:, 1] = QUARTERS[8:, :12, 2] = 255
 QUARTERS[8:, 12:] = 255
 PICTURE = Image.fromarray(QUARTERS)
+
+
+def test_a_name_too_long_for_the_system_is_an_image_error():
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image("x" * 300)
+
+
+def test_an_image_in_memory_becomes_rgb_as_a_file_would(tmp_path):
+    rgba = Image.new("RGBA", (3, 2), (200, 10, 10, 0))
+    rgba.save(tmp_path / "clear.png")
+    assert np.array_equal(np.asarray(as_rgb(rgba)), np.asarray(load_image(tmp_path / "clear.png")))
+    assert np.asarray(as_rgb(rgba)).min() == 255
 
 
 def encoded(image, kind, **options):

@@ -47,10 +47,38 @@ def test_no_label_gives_zero_loss_and_zero_gradients() -> None:
 
 def test_a_frozen_head_gets_no_gradient() -> None:
     hidden, weight, rows, targets = inputs(6, 3)
-    linear_loss(hidden, weight.detach(), rows, targets).backward()
+    loss = linear_loss(hidden, weight.detach(), rows, targets)
+    assert loss.grad_fn.saved_tensors[1] is None  # nothing of the head's size is made
+    loss.backward()
     assert hidden.grad.abs().sum() > 0
 
 
 def test_the_sum_is_fp32_for_narrow_inputs() -> None:
     hidden, weight, rows, targets = inputs(64, 64, torch.bfloat16)
     assert linear_loss(hidden, weight, rows, targets).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_err_at_most_twice_as_much_as_torch(dtype: torch.dtype) -> None:
+    hidden, weight, rows, targets = inputs(200, 150, dtype)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    results = []
+    for function, pair in (
+        (linear_loss, (hidden, weight)),
+        (linear_loss_reference, (hidden, weight)),
+        (linear_loss_reference, wide),
+    ):
+        loss = function(*pair, rows, targets)
+        results.append([loss, *torch.autograd.grad(loss, pair)])
+    for ours, plain, truth in zip(*results, strict=True):
+        error = (ours.double() - truth).abs().max()
+        assert error <= 2 * (plain.double() - truth).abs().max() + 1e-6
+
+
+def test_a_loss_scale_of_two_to_the_sixteen_stays_finite_in_fp16() -> None:
+    hidden, weight, rows, targets = inputs(20, 8, torch.float16)
+    (2.0**16 * 1e-4 * linear_loss(hidden * 1e-2, weight, rows, targets)).backward()
+    scaled = torch.autograd.grad(
+        2.0**16 * linear_loss(hidden * 1e-2, weight * 1e-2, rows, targets), hidden
+    )[0]
+    assert torch.isfinite(scaled).all() and scaled.abs().sum() > 0

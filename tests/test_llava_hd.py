@@ -143,6 +143,30 @@ def test_greedy_answers_equal_the_oracles_alone_and_in_a_mixed_batch(next_pair) 
     assert len({tuple(row) for row in expected}) > 1  # they are not all the same answer
 
 
+@torch.inference_mode()
+def test_greedy_answers_equal_llavas(llava_pair) -> None:
+    ours, theirs = llava_pair
+    tokenizer = tiny_tokenizer()
+    side = ours.config.hd.tile_px
+    processor = LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    sizes = [(60, 90), (90, 40), (84, 84)]
+    samples = [sample(ours, size, seed=i, extra=2 * i) for i, size in enumerate(sizes)]
+    expected = []
+    for i, (one, size) in enumerate(zip(samples, sizes, strict=True)):
+        row = theirs.generate(
+            input_ids=torch.tensor([one.ids]),
+            attention_mask=torch.ones(1, len(one.ids), dtype=torch.int64),
+            pixel_values=processor(random_image(size, i), return_tensors="pt")["pixel_values"],
+            max_new_tokens=12,
+            do_sample=False,
+        )[0, len(one.ids) :].tolist()
+        expected.append(row[: row.index(2)] if 2 in row else row)
+    assert generate(ours, samples, 12, tokenizer) == expected
+    assert [generate(ours, [one], 12, tokenizer)[0] for one in samples] == expected
+
+
 @torch.no_grad()
 def test_samples_of_a_pack_never_see_each_other(next_pair) -> None:
     ours, _ = next_pair

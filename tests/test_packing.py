@@ -86,6 +86,14 @@ def test_placeholders_that_differ_from_the_plan_are_named() -> None:
         pack([bad], CONFIG)
 
 
+def test_a_plan_for_another_geometry_is_refused() -> None:
+    plan = plan_image((100, 90), tiny_hd("hd448"))
+    tiles = tile_image(random_image((100, 90)), plan)
+    ids = [1, *[IMAGE_ID] * plan.num_tokens, 9]
+    with pytest.raises(ValueError, match="photo 14: planned for another geometry"):
+        pack([Sample(ids, ids, (plan,), (tiles,), "photo 14")], CONFIG)
+
+
 def test_tiles_that_differ_from_the_plan_are_named() -> None:
     good = make([(100, 90)], 4, 7)
     with pytest.raises(ValueError, match="0 tiles for"):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
-from transformers.image_processing_utils import get_patch_output_size
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from llava_hd.hd.grid import FLEXIBLE_GRIDS, PRESETS, HDConfig
@@ -50,9 +50,11 @@ def oracle_processor(config):
 def test_the_plan_equals_transformers_on_twenty_thousand_sizes(name):
     config = CONFIGS[name]
     processor = oracle_processor(config)
+    canvases = [(rows * config.tile_px, cols * config.tile_px) for rows, cols in config.grids]
     compared = thin = 0
     for size in random_sizes(32_000, seed=1):
         plan = plan_image(size, config)
+        assert plan.canvas_size == select_best_resolution(size, canvases), size
         image = np.broadcast_to(np.uint8(0), (3, *size))
         fitted = get_patch_output_size(image, plan.canvas_size, "channels_first")
         (top, _), (left, _) = processor.image_processor._get_padding_size(fitted, plan.canvas_size)

@@ -44,22 +44,22 @@ def test_vicuna_text_is_the_original_conversation_and_labels_are_the_answers(
     texts: list[str],
 ) -> None:
     encoded = encode(conversation("<image>\n" + texts[0], *texts[1:]), [2])
-    stripped = [text.strip() for text in texts]
-    rounds = zip(stripped[::2], stripped[1::2], strict=True)
+    questions = [texts[0].strip(), *texts[2::2]]  # beside an image the text is stripped, as LLaVA
+    rounds = zip(questions, texts[1::2], strict=True)
     expected = "<s>" + SYSTEM
     expected += "".join(f"USER: {q} ASSISTANT: {a}</s>" for q, a in rounds).replace(
         "USER: ", "USER: <image><image>\n", 1
     )
     assert TOKENIZER.decode(encoded.ids) == expected
     learned = [token for token in encoded.labels if token != IGNORE]
-    assert TOKENIZER.decode(learned) == "".join(f" {a}</s>" for a in stripped[1::2])
+    assert TOKENIZER.decode(learned) == "".join(f" {a}</s>" for a in texts[1::2])
     assert all(a in (IGNORE, b) for a, b in zip(encoded.labels, encoded.ids, strict=True))
 
 
 @given(TEXT, TEXT)
 def test_ids_are_those_of_the_whole_prompt_tokenised_once(question: str, answer: str) -> None:
     encoded = encode(conversation(question, answer), [])
-    whole = f"{SYSTEM}USER: {question.strip()} ASSISTANT: {answer.strip()}</s>"
+    whole = f"{SYSTEM}USER: {question} ASSISTANT: {answer}</s>"
     assert encoded.ids == TOKENIZER(whole).input_ids
 
 
@@ -74,7 +74,7 @@ def test_a_question_is_the_beginning_of_its_training_sample(text: str) -> None:
 
 
 def test_plain_is_image_caption_newline_without_an_end_token() -> None:
-    encoded = encode(conversation("Describe it.\n<image>", "a cat "), [3], "plain")
+    encoded = encode(conversation("Describe it.\n<image>", "a cat"), [3], "plain")
     assert TOKENIZER.decode(encoded.ids) == "<s><image><image><image>a cat\n"
     assert encoded.labels[:4] == [IGNORE] * 4 and encoded.labels[4:] == encoded.ids[4:]
 
@@ -85,6 +85,45 @@ def test_text_that_spells_special_tokens_stays_text() -> None:
     assert encoded.ids.count(TOKENIZER.bos_token_id) == 1
     learned = [token for token in encoded.labels if token != IGNORE]
     assert TOKENIZER.decode(learned) == " the end </s> token</s>"
+
+
+def test_an_answer_keeps_its_own_spaces() -> None:
+    code = "    def f():\n        return 1\n"
+    encoded = encode(conversation("write it", code), [])
+    learned = [token for token in encoded.labels if token != IGNORE]
+    assert TOKENIZER.decode(learned) == f" {code}</s>"
+
+
+def test_several_images_stand_in_front_of_their_turn() -> None:
+    turns = conversation("compare <image> with <image> now", "No", "and <image>?", "Yes")
+    text = TOKENIZER.decode(encode(turns, [1, 2, 3]).ids)
+    assert "USER: <image>\n<image><image>\ncompare  with  now ASSISTANT: No</s>" in text
+    assert "USER: <image><image><image>\nand ? ASSISTANT: Yes</s>" in text
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_the_last_visual_token_must_fit_exactly(room: int) -> None:
+    turns = [Turn("human", "<image>"), Turn("gpt", "cat " * 9)]
+    limit = 1 + 20 + room  # <s>, the image, and `room` tokens of the caption
+    if room:
+        assert encode(turns, [20], "plain", max_length=limit).ids.count(IMAGE_ID) == 20
+        with pytest.raises(SampleError, match="reach place 21, beyond max_length 20"):
+            encode(turns, [20], "plain", max_length=20)
+    else:
+        with pytest.raises(SampleError, match="cuts every answer off"):
+            encode(turns, [20], "plain", max_length=limit)
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        ([Turn("system", "be kind")], "'system', expected 'human'"),
+        (conversation("a", "b"), "2 turns; a question ends"),
+    ],
+)
+def test_a_question_out_of_order_is_named(turns: list[Turn], words: str) -> None:
+    with pytest.raises(SampleError, match=words):
+        encode_question(TOKENIZER, turns, [], "vicuna_v1", IMAGE_ID)
 
 
 def test_an_image_tag_in_an_answer_is_text() -> None:
@@ -109,6 +148,7 @@ def test_truncation_cuts_text_only() -> None:
         ([Turn("gpt", "a"), Turn("human", "b")], [], None, "expected 'human'"),
         ([Turn("human", "a"), Turn("system", "b")], [], None, "'system', expected 'gpt'"),
         ([], [], None, "0 turns"),
+        (conversation("a", " \n"), [], None, "turn 1 is an empty answer"),
         (conversation("<image>\na", "b"), [500], 200, "beyond max_length 200"),
         (conversation("dog " * 99, "b"), [], 60, "cuts every answer off"),
     ],

@@ -88,17 +88,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 IMAGE_ID = 3
 
 
-def save_llava_next(folder: Path, preset: str, seed: int = 0) -> LlavaNextForConditionalGeneration:
-    """A random LlavaNext with the preset's grids, saved by transformers."""
-    torch.manual_seed(seed)
-    config = LlavaNextConfig(
+def llava_next_config(preset: str) -> LlavaNextConfig:
+    """The configuration of a tiny LlavaNext with the preset's grids."""
+    return LlavaNextConfig(
         vision_config=vision_config(),
         text_config=text_config(),
         image_grid_pinpoints=[[h * TILE, w * TILE] for h, w in PRESETS[preset].grids],
         image_token_index=IMAGE_ID,
         vision_feature_layer=-2,
     )
-    model = LlavaNextForConditionalGeneration(config).eval()
+
+
+def save_llava_next(folder: Path, preset: str, seed: int = 0) -> LlavaNextForConditionalGeneration:
+    """A random LlavaNext with the preset's grids, saved by transformers."""
+    torch.manual_seed(seed)
+    model = LlavaNextForConditionalGeneration(llava_next_config(preset)).eval()
     model.save_pretrained(folder)
     return model
 

@@ -1,0 +1,202 @@
+"""`llava-hd pretrain` and `llava-hd finetune`: a recipe, flags over it, and the run.
+
+A recipe is found by name among the shipped ones (`--config vicuna-7b-hd448`) or by path. Every
+setting is a flag of the same dotted name; LLaVA's and transformers' names of flags work as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_origin, get_type_hints
+
+from jsonargparse import Namespace
+
+from ..hd.errors import Interrupted, UsageError
+from ..hd.grid import HDConfig
+from ..train.config import SECTIONS, TrainConfig, leaves
+from ..train.launch import check_num_processes, run_workers, worker_command
+from ..train.recipe import config_yaml, load_config, recipe_names
+from .parser import Parser
+
+# Other projects' names of the same settings, on the command line only.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "per_device_batch_size": ("per_device_train_batch_size",),
+    "epochs": ("num_train_epochs",),
+    "gradient_clipping": ("max_grad_norm",),
+    "max_length": ("model_max_length",),
+    "resume": ("resume_from_checkpoint",),
+    "optimizer.lr": ("learning_rate",),
+    "optimizer.projector_lr": ("mm_projector_lr",),
+    "optimizer.weight_decay": ("weight_decay",),
+    "optimizer.warmup_ratio": ("warmup_ratio",),
+    "optimizer.schedule": ("lr_scheduler_type",),
+    "data.path": ("data_path",),
+    "data.images": ("image_folder",),
+    "data.num_workers": ("dataloader_num_workers",),
+    "model.language": ("model_name_or_path",),
+    "model.vision": ("vision_tower",),
+    "model.projector_from": ("pretrain_mm_mlp_adapter",),
+    "model.projector": ("mm_projector_type",),
+    "model.vision_layer": ("mm_vision_select_layer",),
+}
+# Flags whose values mean another setting: flag -> value -> (setting, its value).
+SWITCHES: dict[str, dict[bool, tuple[str, str]]] = {
+    "bf16": {True: ("precision", "bf16"), False: ("precision", "fp32")},
+    "group_by_modality_length": {
+        True: ("data.batching", "modality"),
+        False: ("data.batching", "plain"),
+    },
+}
+STAGES = {
+    "pretrain": "Stage 1: train the projector and the row-end token; tower and language model are "
+    "frozen.",
+    "finetune": "Stage 2: train projector, row-end token and language model; the tower is frozen.",
+}
+
+
+def build_parser(command: str) -> Parser:
+    """The options of `llava-hd pretrain` or `llava-hd finetune`."""
+    names = [name for name in recipe_names() if name.endswith(command)]
+    parser = Parser(
+        command, f"{STAGES[command]}\n\nshipped recipes: {', '.join(names)}", _examples(command)
+    )
+    parser.usage = f"llava-hd {command} --config RECIPE [--num-processes N] [--SETTING VALUE ...]"
+    parser.add_argument("--config", type=str, required=True, help="recipe: shipped name or a file")
+    parser.add_argument("--num-processes", type=int, help="local workers, one per GPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would run, write nothing"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe")
+    groups = {section: parser.add_argument_group(f"{section} settings") for section in SECTIONS}
+    groups[""] = parser.add_argument_group("settings of the run")
+    for name, field in leaves(TrainConfig):
+        if name != "stage":
+            flags = [f"--{flag}" for flag in (name, *ALIASES.get(name, ()))]
+            kind = _kind(name)
+            # Only what is given comes back, so that the recipe's values stay.
+            groups[name.rpartition(".")[0]].add_argument(
+                *flags, type=kind, default=argparse.SUPPRESS, help=_help(field), **_metavar(kind)
+            )
+    for name in SWITCHES:
+        parser.add_argument(
+            f"--{name}", type=bool, default=argparse.SUPPRESS, help="as in LLaVA's scripts"
+        )
+    parser.add_argument("--stage", type=str, default=command, help=argparse.SUPPRESS)
+    return parser
+
+
+def _examples(command: str) -> list[str]:
+    if command == "pretrain":
+        return [
+            "llava-hd pretrain --config vicuna-7b-hd448 --num-processes 8 \\",
+            "    --model.vision models/clip-vit-large-patch14 --model.language models/vicuna-7b \\",
+            "    --data.path blip_558k.json --data.images images --output_dir runs/7b-stage1",
+            "llava-hd pretrain --config nano-hd --data.path d.json --data.images i --output_dir o",
+        ]
+    return [
+        "llava-hd finetune --config vicuna-7b-hd448 --num-processes 8 \\",
+        "    --model.projector_from runs/7b-stage1 --data.path mix665k.json \\",
+        "    --data.images images --output_dir runs/7b-hd448",
+        "llava-hd finetune --config my.yaml --resume auto     # go on after an interruption",
+        "torchrun --nproc_per_node 8 --no-python llava-hd finetune --config my.yaml",
+    ]
+
+
+def _kind(name: str) -> Any:
+    """The type of a setting for the command line."""
+    section, _, key = name.rpartition(".")
+    kind = get_type_hints(SECTIONS[section] if section else TrainConfig)[key]
+    return dict[str, Any] | None if kind == HDConfig | None else kind
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    """A setting's line of help, with its default where it has one that says something."""
+    text = field.metadata["help"]
+    if field.default in (None, "", dataclasses.MISSING):
+        return text
+    return f"{text}; default {field.default}"
+
+
+def _metavar(kind: Any) -> dict[str, str]:
+    """A short name for the value in the help; choices speak for themselves."""
+    for number, word in ((float, "X"), (int, "N")):
+        if kind in (number, number | None):
+            return {"metavar": word}
+    return {} if get_origin(kind) is Literal or kind is bool else {"metavar": "VALUE"}
+
+
+def run(args: Namespace) -> int:
+    """Check, then train here or in workers."""
+    if args.stage not in STAGES:
+        raise UsageError(f"--stage {args.stage} is not a stage; there is {', '.join(STAGES)}")
+    config = load_config(args.config, args.stage, _given(args))
+    if args.print_config:
+        print(config_yaml(config), end="")
+        return 0
+    workers = check_num_processes(args.num_processes, os.environ)
+    if args.dry_run:
+        return _dry_run(config, max(1, workers))
+    return _train_in_workers(config, workers) if workers else _train_here(config)
+
+
+def _dry_run(config: TrainConfig, world_size: int) -> int:
+    from ..train.prepare import prepare
+
+    job = prepare(config, world_size)
+    print(
+        f"{config.stage}: {len(job.records):,} records with {job.num_images:,} images; "
+        f"steps {job.state.step:,}..{job.state.num_steps:,} of {job.state.samples_per_step:,} "
+        f"samples ({config.per_device_batch_size} x {world_size} ranks x "
+        f"{config.accumulation(world_size)} passes), ZeRO-{config.zero.stage}, "
+        f"{config.precision}; would write {config.output_dir}"
+    )
+    return 0
+
+
+def _train_in_workers(config: TrainConfig, workers: int) -> int:
+    """Start one process per rank; faults that can be known before are told once, from here."""
+    from ..train.prepare import prepare
+
+    prepare(config, workers)
+    with TemporaryDirectory(prefix="llava-hd-") as folder:
+        recipe = Path(folder) / "train_config.yaml"
+        recipe.write_text(config_yaml(config), encoding="utf-8")
+        return run_workers(worker_command([config.stage, "--config", str(recipe)]), workers)
+
+
+def _train_here(config: TrainConfig) -> int:
+    """Train in this process, as one rank of its launcher's world or alone."""
+    from ..train.run import StoppedByPeer, train
+    from .train_progress import TrainProgress
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    with TrainProgress(shown=is_main) as progress:
+        try:
+            result = train(config, progress)
+        except StoppedByPeer as stop:
+            return stop.exit_code
+        except KeyboardInterrupt:
+            if is_main:
+                raise
+            return Interrupted.exit_code
+    if is_main:
+        print(
+            f"{result.output_dir}: {result.num_steps:,} steps, loss {result.last_loss:.4f}, "
+            f"{result.seconds:.0f} s"
+        )
+    return 0
+
+
+def _given(args: Namespace) -> dict[str, Any]:
+    """The settings that were given as flags, by dotted name."""
+    names = {name for name, _ in leaves(TrainConfig)} - {"stage"}
+    given = {name: value for name, value in args.items() if name in names}
+    for switch, meanings in SWITCHES.items():
+        if switch in args:
+            name, value = meanings[args[switch]]
+            given[name] = value
+    return given

@@ -1,0 +1,61 @@
+"""The commands' parser: one-line errors with a remedy, spellings, and a readable help."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+
+from llava_hd.cli.parser import Parser
+from llava_hd.hd.errors import UsageError
+
+
+@pytest.fixture
+def parser() -> Parser:
+    parser = Parser("cook", "Cooks.", ["llava-hd cook rice", "llava-hd cook soup --dry-run"])
+    parser.add_argument("dishes", nargs="*", type=str)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--output_dir", type=str)
+    parser.add_argument("--oven.degrees", type=float | None)
+    parser.add_argument("--mode", type=Literal["boil", "bake"], default="boil")
+    parser.add_argument("--count", type=int, default=1)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--outputdir", "x"], "--outputdir is not an option; did you mean '--output_dir'?"),
+        (["--degrees", "3"], "--degrees is not an option; did you mean '--oven.degrees'?"),
+        (["--oven", "3"], "--oven is not an option; did you mean '--oven.degrees'?"),
+        (["--zzz"], "--zzz is not an option; see llava-hd cook --help"),
+        (["--count", "many"], "--count must be a whole number, not 'many'"),
+        (["--oven.degrees", "hot"], "--oven.degrees must be a number or null, not 'hot'"),
+        (["--mode", "bale"], "--mode must be one of 'boil', 'bake', not 'bale'; did you mean"),
+        (["--count"], "argument --count: expected one argument"),
+    ],
+)
+def test_a_wrong_option_is_told_in_one_line_with_a_remedy(parser, words, message):
+    with pytest.raises(UsageError) as caught:
+        parser.parse_args(words)
+    assert str(caught.value).startswith(f"cook: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_dashes_and_underscores_are_the_same(parser):
+    args = parser.parse_args(["--dry_run", "--output-dir=a_b-c", "soup_of-day"])
+    assert args.dry_run and args.output_dir == "a_b-c" and args.dishes == ["soup_of-day"]
+
+
+def test_a_value_may_look_like_another_spelling_of_an_option(parser):
+    assert parser.parse_args(["--output_dir", "dry_run"]).output_dir == "dry_run"
+
+
+def test_options_are_not_abbreviated(parser):
+    with pytest.raises(UsageError, match="--coun is not an option; did you mean '--count'"):
+        parser.parse_args(["--coun", "3"])
+
+
+def test_the_help_keeps_each_example_on_its_line(parser):
+    lines = parser.format_help().splitlines()
+    assert lines[-3:] == ["examples:", "  llava-hd cook rice", "  llava-hd cook soup --dry-run"]

@@ -1,0 +1,309 @@
+"""Training with real DeepSpeed: two processes equal one, ZeRO-2 equals ZeRO-3 equals plain torch.
+
+One launch of two processes runs all two-process runs, since starting them is what costs time.
+`stage3_param_persistence_threshold` is 0, so that ZeRO-3 partitions even the smallest tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from train_data import tiny_config, write_data
+
+from llava_hd.hd.errors import DataError, LlavaHDError, UsageError
+from llava_hd.model.llava_hd import LlavaHD
+from llava_hd.model.packing import pack
+from llava_hd.train.batches import order_of
+from llava_hd.train.config import TrainConfig
+from llava_hd.train.dataset import RecordReader
+from llava_hd.train.launch import run_workers
+from llava_hd.train.metrics import read_metrics
+from llava_hd.train.optimizer import build_optimizer, freeze, lr_factor
+from llava_hd.train.recipe import config_yaml
+from llava_hd.train.records import read_records
+from llava_hd.train.run import build_model, train
+
+WORKER = Path(__file__).with_name("train_worker.py")
+
+
+class Runs:
+    """The configurations of the runs below, by name; `ready` ones have been trained."""
+
+    def __init__(self, folder: Path, parts: Path) -> None:
+        self.folder = folder
+        data = write_data(folder / "data")
+        stage_1 = str(folder / "stage1")
+
+        def config(name: str, **settings: object) -> TrainConfig:
+            return tiny_config(data, parts, folder / name, **settings)
+
+        both = {"model__projector_from": stage_1}
+        self.stage1 = config("stage1", stage="pretrain")
+        self.zero2 = config("zero2", **both)
+        self.zero3 = config("zero3", **both, zero__stage=3, save_steps=2)
+        self.resumed = replace(
+            self.zero3,
+            output_dir=str(folder / "resumed"),
+            resume=str(folder / "zero3/checkpoint-2"),
+            save_steps=0,
+        )
+        self.zero2_saved = replace(self.zero2, output_dir=str(folder / "zero2-s"), save_steps=3)
+        self.zero2_resumed = replace(
+            self.zero2_saved,
+            output_dir=str(folder / "zero2-r"),
+            resume=str(folder / "zero2-s/checkpoint-3"),
+        )
+        self.bf16 = config("bf16", **both, precision="bf16", zero__stage=3, max_steps=2)
+        self.checkpointing = replace(
+            self.zero3, output_dir=str(folder / "gc"), gradient_checkpointing=True, save_steps=0
+        )
+        self.workers = replace(
+            self.zero2,
+            output_dir=str(folder / "workers"),
+            data=replace(self.zero2.data, num_workers=2),
+        )
+
+    def two_processes(self, *configs: TrainConfig) -> int:
+        files = []
+        for config in configs:
+            file = self.folder / f"{Path(config.output_dir).name}.yaml"
+            file.write_text(config_yaml(config), encoding="utf-8")
+            files.append(str(file))
+        return run_workers([sys.executable, str(WORKER), *files], 2)
+
+
+def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return LlavaHD.from_pretrained(config.output_dir).state_dict()
+
+
+def losses(config: TrainConfig) -> list[float]:
+    return [metrics.loss for metrics in read_metrics(Path(config.output_dir))]
+
+
+def norms(config: TrainConfig) -> list[float]:
+    return [metrics.grad_norm for metrics in read_metrics(Path(config.output_dir))]
+
+
+def assert_same_run(ours: TrainConfig, theirs: TrainConfig, tolerance: float = 1e-5) -> None:
+    assert losses(ours) == pytest.approx(losses(theirs), abs=tolerance)
+    # Adam hides a wrong scale of the gradients, their norm does not.
+    assert norms(ours) == pytest.approx(norms(theirs), rel=1e-4)
+    assert_same_weights(weights(ours), weights(theirs), tolerance)
+
+
+def assert_same_weights(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
+    assert ours.keys() == theirs.keys()
+    worst = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    assert worst <= tolerance
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Runs:
+    """All runs with two processes; stage 1 is handed over to the others."""
+    runs = Runs(tmp_path_factory.mktemp("two"), parts)
+    ready = (
+        runs.stage1,
+        runs.zero2,
+        runs.zero3,
+        runs.resumed,
+        runs.zero2_saved,
+        runs.zero2_resumed,
+        runs.bf16,
+        runs.checkpointing,
+        runs.workers,
+    )
+    assert runs.two_processes(*ready) == 0
+    return runs
+
+
+def order(config: TrainConfig):
+    records = read_records(config.data.paths)
+    return records, order_of(records, 4, config.per_device_batch_size, config.seed, "plain")
+
+
+def test_the_data_puts_a_text_only_pack_on_one_rank_beside_images_on_the_other(runs):
+    records, data = order(runs.zero2)
+    kinds = [
+        tuple(
+            any(records[i].images for i in data.passes_of_rank(step, rank, 2).reshape(-1))
+            for rank in (0, 1)
+        )
+        for step in range(5)
+    ]
+    assert {(False, True), (True, False)} & set(kinds), kinds
+    assert (True, True) in kinds
+
+
+def in_one_process(config: TrainConfig, tmp_path: Path, **changes: object) -> TrainConfig:
+    alone = replace(config, output_dir=str(tmp_path / "one"), **changes)
+    train(alone)
+    return alone
+
+
+def test_two_processes_train_stage_1_as_one_does(runs, tmp_path):
+    assert_same_run(in_one_process(runs.stage1, tmp_path), runs.stage1)
+
+
+def test_two_processes_under_zero_2_train_stage_2_as_one_does(runs, tmp_path):
+    assert_same_run(in_one_process(runs.zero2, tmp_path), runs.zero2)
+
+
+def test_zero_3_equals_zero_2(runs):
+    assert_same_run(runs.zero3, runs.zero2)
+
+
+def test_the_number_of_passes_does_not_matter(runs, tmp_path):
+    one_pass = in_one_process(runs.zero2, tmp_path, per_device_batch_size=4)
+    assert_same_run(one_pass, runs.zero2)
+
+
+def test_deepspeed_equals_a_plain_torch_loop_over_the_same_batches(runs):
+    config = runs.zero2
+    model, processor = build_model(config, None)
+    freeze(model.train(), config.stage)
+    optimizer = build_optimizer(model, config.optimizer)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    records, data = order(config)
+    read = RecordReader(records, Path(config.data.images), processor, None, config.max_length)
+    found, found_norms = [], []
+    for step in range(5):
+        batch = pack([read(int(i)) for i in data.step(step).reshape(-1)], model.config)
+        loss = model(batch).loss_sum / batch.num_label_tokens
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping)
+        found_norms.append(norm.item())
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * lr_factor(step, 5, config.optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    assert losses(config) == pytest.approx(found, abs=1e-5)
+    assert norms(config) == pytest.approx(found_norms, rel=1e-4)
+    assert_same_weights(weights(config), model.state_dict())
+
+
+def test_stage_1_changes_projector_and_row_end_only(runs):
+    fresh, _ = build_model(runs.stage1, None)
+    before, after = fresh.state_dict(), weights(runs.stage1)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith(("projector.", "placer."))}
+
+
+def test_stage_2_goes_on_with_the_projector_and_leaves_the_tower(runs):
+    start, _ = build_model(runs.zero2, None)
+    stage_1, before = weights(runs.stage1), start.state_dict()
+    for name in before:
+        if name.startswith(("projector.", "placer.")):
+            assert torch.equal(before[name], stage_1[name])
+    after = weights(runs.zero3)
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert still == {name for name in before if name.startswith("vision.")}
+
+
+def test_a_resumed_run_ends_with_the_same_bits(runs):
+    for whole, resumed in ((runs.zero3, runs.resumed), (runs.zero2_saved, runs.zero2_resumed)):
+        first = 5 - len(losses(resumed))
+        assert first > 0 and losses(whole)[first:] == losses(resumed)
+        assert_same_weights(weights(whole), weights(resumed), tolerance=0.0)
+
+
+def test_loader_processes_do_not_change_the_run(runs):
+    assert losses(runs.workers) == losses(runs.zero2)
+    assert_same_weights(weights(runs.workers), weights(runs.zero2), tolerance=0.0)
+
+
+def test_gradient_checkpointing_does_not_change_the_run(runs):
+    assert_same_run(runs.checkpointing, runs.zero3)
+
+
+def test_bf16_trains_and_saves_in_bf16(runs):
+    tensors = LlavaHD.from_pretrained(runs.bf16.output_dir, dtype=torch.bfloat16).state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert losses(runs.bf16) == pytest.approx(losses(runs.zero3)[:2], rel=0.02)
+
+
+def test_every_checkpoint_is_a_model_folder(runs):
+    folder = Path(runs.zero3.output_dir)
+    for name in ("checkpoint-2", "checkpoint-4"):
+        assert LlavaHD.from_pretrained(folder / name).config.hd == runs.zero3.model.hd
+    assert not list(folder.glob(".unfinished*"))
+
+
+def test_a_finished_run_holds_metrics_tensorboard_curve_and_configuration(runs):
+    folder = Path(runs.zero3.output_dir)
+    metrics = read_metrics(folder)
+    assert [entry.step for entry in metrics] == [1, 2, 3, 4, 5]
+    assert metrics[0].lr == 0.0 and metrics[1].lr == 1e-2
+    assert all(entry.samples == 4 and entry.tokens > entry.label_tokens > 0 for entry in metrics)
+    assert (folder / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((folder / "runs").glob("events.*"))
+    assert (folder / "train_config.yaml").read_text(encoding="utf-8") == config_yaml(runs.zero3)
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    assert (state["step"], state["num_steps"], state["world_size"]) == (5, 5, 2)
+
+
+def test_resume_auto_takes_the_newest_whole_checkpoint(runs, tmp_path):
+    cut_off = in_one_process(runs.zero2, tmp_path, save_steps=1, save_total_limit=3)
+    folder = Path(cut_off.output_dir)
+    whole = weights(cut_off)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+    (folder / "trainer_state.json").unlink()  # as if killed before the end
+    (folder / "checkpoint-4").rename(folder / ".unfinished-checkpoint-4")
+    shutil.rmtree(folder / "checkpoint-2")
+    result = train(replace(cut_off, resume="auto"))
+    assert result.num_steps == 5
+    assert [metrics.step for metrics in read_metrics(folder)] == [1, 2, 3, 4, 5]
+    assert_same_weights(whole, weights(cut_off), tolerance=0.0)
+    assert train(replace(cut_off, resume="auto")).seconds < 5  # finished: nothing is done again
+
+
+def test_a_checkpoint_of_other_settings_ranks_or_data_is_refused(runs, tmp_path):
+    cases = {
+        "optimizer.lr": replace(runs.zero3, optimizer=replace(runs.zero3.optimizer, lr=1.0)),
+        "2 processes": runs.zero3,
+    }
+    for word, config in cases.items():
+        resumed = replace(config, output_dir=str(tmp_path / "r"), resume=runs.resumed.resume)
+        with pytest.raises(UsageError, match=word):
+            train(resumed)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(runs, tmp_path):
+    wild = replace(
+        runs.stage1,
+        optimizer=replace(runs.stage1.optimizer, lr=1e30, warmup_ratio=0.0),
+        gradient_clipping=0.0,
+    )
+    with pytest.raises(LlavaHDError, match=r"step \d: the (loss|gradient) is (nan|inf)"):
+        in_one_process(wild, tmp_path)
+
+
+def test_a_bad_image_stops_all_ranks_with_one_line(runs, parts, tmp_path, capfd):
+    data = write_data(tmp_path / "data")
+    for file in (data / "images").glob("1-*.png"):
+        file.write_bytes(b"no image")
+    config = tiny_config(data, parts, tmp_path / "out", stage="pretrain")
+    with pytest.raises(DataError, match=r"record 1 \(id 'r1'\): .*1-0.png"):
+        train(config)
+
+
+def test_an_interrupted_first_stretch_starts_again_from_the_beginning(runs, tmp_path):
+    config = replace(runs.stage1, output_dir=str(tmp_path / "o"), resume="auto", max_steps=2)
+    train(config)
+    folder = Path(config.output_dir)
+    (folder / "trainer_state.json").unlink()
+    train(config)
+    assert [metrics.step for metrics in read_metrics(folder)] == [1, 2]

@@ -1,0 +1,286 @@
+"""`llava-hd pretrain` and `finetune` as a user calls them: faults, dry run, workers, launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from train_data import tiny_config, write_data
+
+from llava_hd.cli.main import main
+from llava_hd.cli.train import ALIASES, SWITCHES, build_parser
+from llava_hd.cli.train_progress import TrainProgress
+from llava_hd.train.config import TrainConfig, leaves
+from llava_hd.train.launch import check_num_processes, exit_code, run_workers, worker_environment
+from llava_hd.train.metrics import StepMetrics, read_metrics, running_mean
+from llava_hd.train.recipe import config_yaml
+
+COMMAND = [sys.executable, "-m", "llava_hd.cli.main"]
+
+
+@pytest.fixture
+def recipe(tmp_path, parts) -> Path:
+    """A recipe of stage 1 that works; its output folder does not exist yet."""
+    config = tiny_config(write_data(tmp_path / "d"), parts, tmp_path / "out", stage="pretrain")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config_yaml(config), encoding="utf-8")
+    return path
+
+
+def fails(words: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the command; it must end with `code` and one line of error, which is returned."""
+    assert main(words) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("llava-hd: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--optimizer.lrr", "1"], 2, "did you mean '--optimizer.lr'?"),
+        (["--optimizer.lr", "fast"], 2, "--optimizer.lr must be a number, not 'fast'"),
+        (["--learning_rat", "1"], 2, "did you mean '--learning_rate'?"),
+        (["--model.preset", "hd48"], 2, "did you mean 'hd448'?"),
+        (["--model.preset", "hd448"], 2, "hd.tile_px is 224, but"),
+        (["--model.hd", '{"tile_px": 56}'], 2, "hd.patch_px is missing"),
+        (["--model.vision", "nowhere"], 2, "model.vision: model folder nowhere is not a folder"),
+        (["--model.template", "vicuna"], 2, "did you mean 'vicuna_v1'?"),
+        (["--data.path", "nowhere.json"], 2, "data.path nowhere.json: no such file"),
+        (["--data.images", "nowhere"], 2, "data.images nowhere is not a folder"),
+        (["--global_batch_size", "3"], 2, "global_batch_size 3 is not per_device_batch_size 2"),
+        (["--num-processes", "0"], 2, "--num-processes must be 1 or more"),
+        (["--resume", "nowhere"], 2, "nowhere is not a checkpoint"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_writes_nothing(recipe, capsys, words, code, message):
+    assert message in fails(["pretrain", "--config", str(recipe), *words], code, capsys)
+    assert not (recipe.parent / "out").exists()
+
+
+def test_a_model_folder_without_configuration_is_named(recipe, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    words = ["pretrain", "--config", str(recipe), "--model.language", str(tmp_path / "empty")]
+    assert "model.language: model folder" in fails(words, 2, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("num_processes", [[], ["--num-processes", "2"]])
+def test_bad_data_ends_with_code_3_before_anything_is_written(
+    recipe, tmp_path, capsys, num_processes
+):
+    data = tmp_path / "d/data.json"
+    words = ["pretrain", "--config", str(recipe), *num_processes]
+    records = json.loads(data.read_text(encoding="utf-8"))
+    records[4]["conversations"].reverse()
+    data.write_text(json.dumps(records), encoding="utf-8")
+    message = fails(words, 3, capsys)
+    assert f"{data}: record 4 (id 'r4'): conversations[0].from" in message
+    records[4]["conversations"].reverse()
+    data.write_text(json.dumps(records), encoding="utf-8")
+    (tmp_path / "d/images/4-0.png").unlink()
+    assert "record 4 (id 'r4'): image '4-0.png' is not below" in fails(words, 3, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_in_it_is_left_alone(recipe, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine", encoding="utf-8")
+    words = ["pretrain", "--config", str(recipe)]
+    assert "is not empty; go on with --resume auto" in fails(words, 2, capsys)
+    assert "holds no run" in fails([*words, "--resume", "auto"], 2, capsys)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, tmp_path, capsys):
+    words = ["pretrain", "--config", str(recipe), "--dry-run", "--num-processes", "2"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "12 records with 10 images; steps 0..5 of 4 samples (2 x 2 ranks x 1 passes)" in text
+    assert not (tmp_path / "out").exists()
+
+
+def resolved(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
+    assert main([*words, "--print-config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_flags_come_after_the_recipe_and_other_projects_names_work(capsys):
+    words = ["finetune", "--config", "vicuna-7b-hd448"]
+    ours = ["--optimizer.lr", "1e-5", "--epochs", "2", "--data.batching", "plain"]
+    theirs = ["--learning_rate", "1e-5", "--num_train_epochs", "2"]
+    theirs += ["--group_by_modality_length", "False"]
+    values = resolved([*words, *ours], capsys)
+    assert values == resolved([*words, *theirs], capsys)
+    assert (values["optimizer"]["lr"], values["epochs"]) == (1e-5, 2.0)
+    assert values["optimizer"]["warmup_ratio"] == 0.03
+    assert resolved([*words, "--bf16", "False"], capsys)["precision"] == "fp32"
+    assert resolved([*words, "--save_total_limit", "null"], capsys)["save_total_limit"] is None
+
+
+def test_the_flags_are_the_settings_and_their_aliases_and_no_others():
+    names = {name for name, _ in leaves(TrainConfig)} - {"stage"}
+    assert set(ALIASES) <= names
+    flags = names | {alias for aliases in ALIASES.values() for alias in aliases} | set(SWITCHES)
+    own = {"help", "config", "num-processes", "dry-run", "print-config", "stage"}
+    for command in ("pretrain", "finetune"):
+        found = {option.removeprefix("--") for option in build_parser(command).long_options}
+        assert found == flags | own
+
+
+def test_help_is_there_without_torch():
+    code = (
+        "import sys; from llava_hd.cli.main import main\n"
+        "try: main(['finetune', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--optimizer.lr X, --learning_rate X" in done.stdout
+    assert "vicuna-7b-hd448-finetune" in done.stdout
+
+
+def test_two_local_workers_train_and_say_it_once(recipe, tmp_path):
+    words = ["pretrain", "--config", str(recipe), "--num-processes", "2", "--max_steps", "2"]
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 steps, loss ") == 1
+    assert done.stderr.count("step 2/2  loss ") == 1
+    assert "Traceback" not in done.stderr and "WARNING" not in done.stdout
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text(encoding="utf-8"))
+    assert state["world_size"] == 2
+
+
+def test_torchrun_is_joined_and_a_fault_of_one_rank_stops_all_with_its_line(recipe, tmp_path):
+    (tmp_path / "d/images/1-0.png").write_bytes(b"no image")
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--no-python"]
+    words += [*COMMAND, "pretrain", "--config", str(recipe), "--max_steps", "6"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("llava-hd: error: ")]
+    assert len(lines) == 1 and "record 1 (id 'r1')" in lines[0] and "1-0.png" in lines[0]
+    assert "exitcode  : 3" in done.stderr
+
+
+def test_ctrl_c_stops_all_workers_and_says_that_the_run_can_go_on(recipe, tmp_path):
+    words = ["pretrain", "--config", str(recipe), "--num-processes", "2", "--max_steps", "100000"]
+    run = subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out/metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and metrics.stat().st_size > 0)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 75, errors
+    assert errors.count("interrupted") == 1 and "Traceback" not in errors
+    assert len(read_metrics(tmp_path / "out")) >= 1
+
+
+def run_script(script: str, num_processes: int = 2) -> int:
+    return run_workers([sys.executable, "-c", script], num_processes)
+
+
+def test_a_failed_worker_stops_the_others_and_gives_its_code():
+    script = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)"
+    start = time.monotonic()
+    assert run_script(script) == 3
+    assert time.monotonic() - start < 20
+
+
+def test_workers_that_end_well_give_code_0_and_know_each_other():
+    script = (
+        "import os; e = os.environ\n"
+        "assert e['WORLD_SIZE'] == '3' and e['RANK'] == e['LOCAL_RANK'] and int(e['RANK']) < 3\n"
+        "assert e['MASTER_ADDR'] == '127.0.0.1' and int(e['MASTER_PORT']) > 0"
+    )
+    assert run_script(script, 3) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
+    worker = f"import os, time; open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w'); time.sleep(60)"
+    code = (
+        f"from llava_hd.train.launch import *; run_workers([sys.executable, '-c', {worker!r}], 2)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    launcher.kill()
+    launcher.wait()
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    wait_for(lambda: not any(is_running(pid) for pid in pids))
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there and no zombie that waits to be collected."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 100.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_most_telling_exit_code_is_given():
+    assert exit_code([0, None]) == 0
+    assert exit_code([1, 3]) == 3 and exit_code([-15, 1]) == 1 and exit_code([-9, None]) == 137
+    assert exit_code([1, 75]) == 75
+
+
+def test_a_launcher_is_joined_and_its_world_must_fit():
+    launched = {"RANK": "0", "WORLD_SIZE": "4"}
+    assert check_num_processes(None, launched) == check_num_processes(4, launched) == 0
+    assert check_num_processes(None, {}) == check_num_processes(1, {}) == 0
+    assert check_num_processes(2, {}) == 2
+    with pytest.raises(Exception, match="inside a launcher with WORLD_SIZE 4"):
+        check_num_processes(2, launched)
+
+
+def test_workers_share_the_cores_unless_told_otherwise(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert worker_environment(0, 2, 1)["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert worker_environment(0, 2, 1)["OMP_NUM_THREADS"] == "5"
+
+
+def metrics_of(step: int) -> StepMetrics:
+    values = dict.fromkeys(("epoch", "lr", "grad_norm", "seconds"), 0.5)
+    counts = dict.fromkeys(("samples", "tokens", "label_tokens", "images"), 4)
+    speeds = {"tokens_per_second": 2000.0, "images_per_second": 3.0}
+    return StepMetrics(step=step, loss=2.0, **values, **counts, **speeds)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(terminal, tmp_path):
+    with (tmp_path / "shown").open("w", encoding="utf-8") as file:
+        console = Console(file=file, force_terminal=terminal, width=140)
+        with TrainProgress(title="stage 1", console=console) as progress:
+            progress.start(0, 40)
+            for step in range(1, 41):
+                progress.step(metrics_of(step))
+    text = (tmp_path / "shown").read_text(encoding="utf-8")
+    assert "loss 2.0000  2,000 tokens/s  3.0 images/s" in text and "stage 1" in text
+    assert ("\x1b" in text) == terminal
+    if not terminal:
+        assert [line.split()[3] for line in text.splitlines()][-1] == "40/40"
+        assert 8 <= len(text.splitlines()) <= 12
+
+
+def test_a_running_mean_is_that_of_the_last_values():
+    values = [4.0, 2.0, 6.0, 0.0, 3.0]
+    for width in (1, 2, 3, 9):
+        wanted = [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(5)]
+        assert running_mean(values, width) == pytest.approx(wanted)

@@ -1,0 +1,91 @@
+"""Where a run stands, as a file: `trainer_state.json`, the mark of a completed checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..hd.errors import DataError, UsageError
+from .recipe import changed_settings
+
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands. `step` steps are done; with the configuration it says all about data
+    order and learning rate."""
+
+    step: int
+    num_steps: int
+    num_samples: int
+    samples_per_step: int
+    world_size: int
+    config: dict[str, Any]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.num_steps
+
+
+def write_state(folder: Path, state: TrainerState) -> None:
+    """Write trainer_state.json into `folder`."""
+    text = json.dumps({"format": 1, **asdict(state)}, indent=2) + "\n"
+    unfinished = folder / f".{STATE_FILE}.unfinished"
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(folder / STATE_FILE)
+
+
+def read_state(folder: Path) -> TrainerState:
+    """The state in `folder`. UsageError where there is none, DataError where it is damaged."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise UsageError(
+            f"{folder} is not a checkpoint (no {STATE_FILE}); give resume a checkpoint"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") != 1:
+            raise ValueError("of another format")
+        return TrainerState(**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove {folder}") from error
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The completed checkpoints of a run, oldest first."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if number and (path / STATE_FILE).is_file():
+            found.append((int(number[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def check_resumable(folder: Path, fresh: TrainerState) -> TrainerState:
+    """The state of a checkpoint that the run beginning at `fresh` may go on from.
+
+    UsageError names what differs.
+    """
+    state = read_state(folder)
+    changed = changed_settings(state.config, fresh.config)
+    if changed:
+        more = f" ({len(changed)} settings differ)" if len(changed) > 1 else ""
+        raise UsageError(
+            f"{folder} was written with another {changed[0]}{more}; "
+            "resume with the train_config.yaml of its run, or take a new output_dir"
+        )
+    if state.world_size != fresh.world_size:
+        raise UsageError(
+            f"{folder} was written by {state.world_size} processes, this run has "
+            f"{fresh.world_size}; start it with --num-processes {state.world_size}"
+        )
+    if state.num_samples != fresh.num_samples:
+        raise UsageError(
+            f"{folder} was written with {state.num_samples} records, data.path has "
+            f"{fresh.num_samples} now; resume with the same data, or take a new output_dir"
+        )
+    return state

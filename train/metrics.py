@@ -1,0 +1,105 @@
+"""The numbers of a run: metrics.jsonl and TensorBoard as it goes, loss_curve.png at its end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, over all ranks.
+
+    loss: mean cross entropy of its label tokens. grad_norm: before clipping. tokens, images: of
+    the step; seconds: it took; both per second since the step before was logged.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    samples: int
+    tokens: int
+    label_tokens: int
+    images: int
+    seconds: float
+    tokens_per_second: float
+    images_per_second: float
+
+
+class MetricsWriter:
+    """Appends to `output_dir/metrics.jsonl` and `output_dir/runs`; only rank 0 has one."""
+
+    def __init__(self, output_dir: Path, first_step: int) -> None:
+        """Lines behind `first_step` belong to a run that was cut off there; they are dropped."""
+        self.path = output_dir / METRICS_FILE
+        kept = [line for line in _lines(self.path) if line["step"] <= first_step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        self.path.write_text(text, encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(output_dir / "runs"), purge_step=first_step + 1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Log one step."""
+        values = asdict(metrics)
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if name != "step":
+                self.board.add_scalar(f"train/{name}", value, metrics.step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a last one cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def read_metrics(output_dir: Path) -> list[StepMetrics]:
+    """The logged steps of a run, in order."""
+    return [StepMetrics(**line) for line in _lines(output_dir / METRICS_FILE)]
+
+
+def draw_loss_curve(metrics: list[StepMetrics], path: Path, title: str) -> None:
+    """A PNG: the loss of each logged step, its running mean, and the learning rate below."""
+    steps = [entry.step for entry in metrics]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    loss.plot(steps, [entry.loss for entry in metrics], color="0.75", linewidth=1, label="step")
+    smooth = running_mean([entry.loss for entry in metrics], max(1, len(metrics) // 20))
+    loss.plot(steps, smooth, color="tab:blue", linewidth=1.8, label="running mean")
+    loss.set(ylabel="loss (nats per label token)", title=title)
+    loss.set_ylim(bottom=0)
+    loss.legend(frameon=False)
+    rate.plot(steps, [entry.lr for entry in metrics], color="tab:orange", linewidth=1.5)
+    rate.set(xlabel="step", ylabel="learning rate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (loss, rate):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=120)
+
+
+def running_mean(values: list[float], width: int) -> list[float]:
+    """The mean of each value and the up to `width - 1` before it."""
+    means, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - width] if i >= width else 0.0)
+        means.append(total / min(i + 1, width))
+    return means
