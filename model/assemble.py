@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    PreTrainedModel,
+)
 
 from ..hd.errors import DataError, UsageError
 from ..hd.grid import HDConfig
 from .attention import implementation
 from .config import LlavaHDConfig, read_config_json
 from .foreign import config_dict
+from .language import check_supported
 from .llava_hd import LlavaHD
 from .processor import Processor
 from .prompt import IMAGE_TAG, get_template
@@ -45,6 +52,7 @@ def assemble(
     get_template(template)
     for folder in (vision, language):
         read_config_json(folder)
+    _check_language(language, attention)
     with quiet_transformers():
         clip = _load(CLIPVisionModel, vision, dtype, attention)
         causal_lm = _load(AutoModelForCausalLM, language, dtype, attention)
@@ -110,6 +118,18 @@ def take_projector(model: LlavaHD, folder: str | Path) -> None:
             "stage 1 and stage 2 need the same model.projector"
         )
     model.load_state_dict({k: v for k, v in state.items() if k in ours}, strict=False)
+
+
+def _check_language(folder: str | Path, attention: str) -> None:
+    """Refuse a kind of language model that cannot be used, before its weights are read."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except ValueError as error:
+        text = str(error).strip().splitlines()[0]
+        raise UsageError(f"model folder {folder} holds no causal language model: {text}") from error
+    check_supported(empty, implementation(attention))
 
 
 def _load_tokenizer(folder: str | Path) -> Any:

@@ -14,8 +14,16 @@ from .attention import LLAVA_HD
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def refusal(causal_lm: PreTrainedModel) -> str | None:
-    """Why a causal LM would be computed wrongly here, with the remedy; None when it is right."""
+def check_supported(causal_lm: PreTrainedModel, attention: str) -> None:
+    """Raise UsageError for a causal LM that would be computed wrongly under `attention`
+    (transformers' name of it); its weights are not looked at, they may be on `meta`."""
+    reason = _refusal(causal_lm, attention)
+    if reason is not None:
+        kind = causal_lm.config.model_type
+        raise UsageError(f"language model of type {kind!r} cannot be used: {reason}")
+
+
+def _refusal(causal_lm: PreTrainedModel, attention: str) -> str | None:
     config = causal_lm.config.to_dict()
     if not causal_lm._supports_attention_backend:
         return "its attention cannot be replaced, so packed samples would see each other"
@@ -29,14 +37,9 @@ def refusal(causal_lm: PreTrainedModel) -> str | None:
     if config.get("attn_logit_softcapping") is not None:
         return "its attention scores are capped (attn_logit_softcapping)"
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is not None and config_attention(causal_lm) == LLAVA_HD:
+    if window is not None and attention == LLAVA_HD:
         return f"its attention has a sliding window of {window}; choose attention=sdpa"
     return None
-
-
-def config_attention(causal_lm: PreTrainedModel) -> str:
-    """The attention implementation that transformers was told."""
-    return causal_lm.config._attn_implementation
 
 
 class LMHead(nn.Linear):
@@ -59,10 +62,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
-        reason = refusal(causal_lm)
-        if reason is not None:
-            kind = causal_lm.config.model_type
-            raise UsageError(f"language model of type {kind!r} cannot be used: {reason}")
+        check_supported(causal_lm, causal_lm.config._attn_implementation)
         # What a folder's generation_config.json asks for (sampling, penalties) is not ours.
         causal_lm.generation_config = GenerationConfig()
         old = causal_lm.get_output_embeddings()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import IMAGE_ID, tiny_hd, tiny_tokenizer, vision_config
@@ -14,6 +16,7 @@ from transformers import (
 )
 
 from llava_hd.hd.errors import UsageError
+from llava_hd.model.assemble import assemble
 from llava_hd.model.attention import implementation
 from llava_hd.model.config import LlavaHDConfig
 from llava_hd.model.foreign import config_dict
@@ -94,8 +97,18 @@ def test_a_family_computes_each_sample_of_a_pack_as_it_does_alone(
 def test_a_family_that_would_be_computed_wrongly_is_refused(
     kind: str, options: dict, words: str
 ) -> None:
+    # Falcon cannot even be built with an attention that it does not know itself.
+    language = causal_lm(kind, "eager" if kind == "falcon" else "auto", **options)
     with pytest.raises(UsageError, match=f"type '{kind}' cannot be used: .*{words}"):
-        LanguageModel(causal_lm(kind, **options))
+        LanguageModel(language)
+
+
+def test_an_unsupported_language_folder_is_refused_before_its_weights_are_read(
+    parts: Path, tmp_path: Path
+) -> None:
+    causal_lm("falcon", "eager").config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="type 'falcon' cannot be used"):
+        assemble(vision=parts / "vision", language=tmp_path, hd=tiny_hd("hd448"))
 
 
 @torch.no_grad()
