@@ -40,21 +40,24 @@ def answer_batch(
 ) -> list[str]:
     """Greedy answers, in the order of the questions; images and text-only rows may mix.
 
-    An image that several questions share (the same object or path) is read and cut once. Images
-    in memory may have any mode. Raises ImageError for a file that cannot be read.
+    An image that several questions share (the same object or path) is read and cut once, and the
+    same question about it is answered once (POPE asks its positive questions in all three splits).
+    Images in memory may have any mode. Raises ImageError for a file that cannot be read.
     """
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions")
     if not questions:
         return []
     cuts = _cut_once(processor, images)
-    samples = [
-        processor.question(question, [] if cut is None else [cut])
-        for cut, question in zip(cuts, questions, strict=True)
-    ]
-    tokens = generate(model, samples, max_new_tokens, processor.tokenizer)
+    asked = [(id(cut), question) for cut, question in zip(cuts, questions, strict=True)]
+    samples = {
+        key: processor.question(question, [] if cut is None else [cut])
+        for key, cut, question in zip(asked, cuts, questions, strict=True)
+    }
+    tokens = generate(model, list(samples.values()), max_new_tokens, processor.tokenizer)
     texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    answers = dict(zip(samples, texts, strict=True))
+    return [answers[key].strip() for key in asked]
 
 
 @torch.inference_mode()

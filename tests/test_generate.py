@@ -51,6 +51,24 @@ def test_an_image_shared_by_questions_is_read_once(
     assert len(reads) == 1
 
 
+def test_the_same_question_about_the_same_image_is_answered_once(
+    pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = pair
+    one, two = random_image((60, 60), 1), random_image((60, 60), 2)
+    images, questions = [one, two, one, one, None, None], ["a", "a", "a", "b", "a", "a"]
+    expected = [answer(model, processor, i, q, 4) for i, q in zip(images, questions, strict=True)]
+    sizes = []
+    whole = module.generate
+    monkeypatch.setattr(
+        module,
+        "generate",
+        lambda m, samples, *rest: (sizes.append(len(samples)), whole(m, samples, *rest))[1],
+    )
+    assert answer_batch(model, processor, images, questions, 4) == expected
+    assert sizes == [4]
+
+
 def test_no_question_gives_no_answer(pair) -> None:
     assert answer_batch(*pair, [], []) == []
 

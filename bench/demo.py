@@ -1,0 +1,245 @@
+"""The whole job at nano size: data, two stages for two models, POPE, comparison.
+
+Every step is a command that a user could type; the demo only runs them in order, the chain of the
+base model beside the chain of the HD model, each with half of the cores. A step that has finished
+is not run again, so an interrupted demo goes on.
+
+`base` sees one padded view of 84 px (the counterpart of 336), `hd` a 2x2 grid of 56 px tiles and
+a global view (the counterpart of 448). Both get the same language model, the same data in the same
+order, the same number of steps, and towers that were trained equally long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..hd.errors import LlavaHDError, UsageError
+from ..train.checkpoint_state import STATE_FILE
+from .charts import line_chart
+from .compare import MEAN, Comparison, compare
+from .compare_report import comparison_json, comparison_sections
+from .contestants import read_contestant
+from .files import write_json
+from .report import Facts, Note, Section, Table, write_report
+
+MODELS = ("base", "hd")
+SETTINGS_FILE = "demo.json"
+QUESTIONS_PER_SCENE = 18  # six in each of three splits
+POLL_SECONDS = 0.3
+# (chain, step, how much of the step is done from 0 to 1)
+Progress = Callable[[str, str, float], None]
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What decides a demo's outcome; written to the output folder, and compared on resumption."""
+
+    seed: int = 0
+    train_scenes: int = 2000
+    test_scenes: int = 300
+    steps_1: int = 300  # of stage 1
+    steps_2: int = 250  # of stage 2
+
+    def __post_init__(self) -> None:
+        for name in ("train_scenes", "test_scenes", "steps_1", "steps_2"):
+            value = getattr(self, name)
+            if value < 1:
+                option = name.replace("_", "-")
+                raise UsageError(f"demo: --{option} must be 1 or more, not {value}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of a chain.
+
+    done: the file that exists once it has finished. log: its output. progress: the file whose
+    lines count what is done, out of `total`.
+    """
+
+    name: str
+    words: Sequence[str]
+    done: Path
+    log: Path
+    progress: Path
+    total: int
+
+    @property
+    def share(self) -> float:
+        """How much is done, 0 to 1."""
+        if self.done.is_file():
+            return 1.0
+        if not self.progress.is_file():
+            return 0.0
+        return min(1.0, self.progress.read_bytes().count(b"\n") / self.total)
+
+
+def check_folder(out: Path, settings: DemoSettings) -> None:
+    """An empty or new folder, or one that a demo with the same settings began."""
+    record = out / SETTINGS_FILE
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"demo: --out {out} is a file; give a folder")
+    if record.is_file():
+        old = json.loads(record.read_text(encoding="utf-8"))
+        if old != asdict(settings):
+            raise UsageError(
+                f"demo: --out {out} holds a demo with other settings ({old}); give another folder"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise UsageError(f"demo: --out {out} is not empty and holds no demo; give another folder")
+
+
+def chain(model: str, out: Path, settings: DemoSettings) -> list[Step]:
+    """The steps of one model, in order."""
+    data = out / "data"
+    stages = {
+        "pretrain": (out / model / "stage1", settings.steps_1),
+        "finetune": (out / model / "stage2", settings.steps_2),
+    }
+    steps = []
+    for stage, (folder, count) in stages.items():
+        words = [stage, "--config", f"nano-{model}", "--output_dir", str(folder)]
+        words += ["--data.path", str(data / f"{stage}.json"), "--data.images", str(data / "images")]
+        words += ["--max_steps", str(count), "--seed", str(settings.seed), "--resume", "auto"]
+        if stage == "finetune":
+            words += ["--model.projector_from", str(stages["pretrain"][0])]
+        log = out / "logs" / f"{model}-{stage}.log"
+        steps.append(Step(stage, words, folder / STATE_FILE, log, folder / "metrics.jsonl", count))
+    pope = out / model / "pope"
+    questions = sorted(str(path) for path in (data / "pope").glob("*.json"))
+    words = ["eval", "pope", "--model", str(stages["finetune"][0]), "--questions", *questions]
+    words += ["--images", str(data / "images"), "--out", str(pope), "--batch-size", "72"]
+    words += ["--max-new-tokens", "8"]
+    log = out / "logs" / f"{model}-eval.log"
+    total = QUESTIONS_PER_SCENE * settings.test_scenes
+    steps.append(Step("eval", words, pope / "scores.json", log, pope / "answers.jsonl", total))
+    return steps
+
+
+def run_chains(chains: dict[str, list[Step]], progress: Progress) -> dict[str, dict[str, float]]:
+    """Run the chains side by side; returns the seconds of each step that was run.
+
+    When a step fails the other chains are stopped and LlavaHDError names the step and its log.
+    """
+    waiting = {name: [s for s in steps if not s.done.is_file()] for name, steps in chains.items()}
+    threads = max(1, len(os.sched_getaffinity(0)) // len(chains))
+    running: dict[str, tuple[Step, subprocess.Popen[bytes], float]] = {}
+    seconds: dict[str, dict[str, float]] = {name: {} for name in chains}
+    try:
+        while running or any(waiting.values()):
+            for name, steps in waiting.items():
+                if name not in running and steps:
+                    step = steps.pop(0)
+                    running[name] = (step, _start(step, threads), time.monotonic())
+            for name, (step, process, start) in list(running.items()):
+                code = process.poll()
+                progress(name, step.name, step.share)
+                if code is None:
+                    continue
+                if code or not step.done.is_file():
+                    raise LlavaHDError(_failure(name, step, code))
+                seconds[name][step.name] = round(time.monotonic() - start, 1)
+                del running[name]
+            time.sleep(POLL_SECONDS)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+            process.wait()
+    return seconds
+
+
+def _start(step: Step, threads: int) -> subprocess.Popen[bytes]:
+    step.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+    with step.log.open("ab") as log:
+        log.write(f"$ llava-hd {' '.join(step.words)}\n".encode())
+        log.flush()
+        return subprocess.Popen(
+            [sys.executable, "-m", "llava_hd.cli.main", *step.words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+def _failure(chain_name: str, step: Step, code: int) -> str:
+    lines = step.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = lines[-1] if lines else "no output"
+    return f"demo: {chain_name} {step.name} ended with code {code}: {last} (all of it: {step.log})"
+
+
+def write_demo_report(
+    out: Path, settings: DemoSettings, seconds: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """Compare the two models and write report.json and report.html; returns report.json's values.
+
+    report.json: `models` -> scores by split, `comparison` (bench/compare.py), `demo`.
+    """
+    images = out / "data" / "images"
+    a, b = (read_contestant(name, out / name / "pope") for name in MODELS)
+    comparison = compare(a.answered, b.answered, seed=settings.seed)
+    values = comparison_json(a, b, comparison)
+    report = {
+        "demo": {**asdict(settings), "seconds": seconds},
+        "models": {values[side]["name"]: values[side]["scores"] for side in ("a", "b")},
+        "paired_p": {
+            "mean_f1_bootstrap": comparison.difference[MEAN]["f1"].p,
+            "mcnemar_all": comparison.mcnemar["all"].p,
+        },
+        **values,
+    }
+    write_json(out / "report.json", report)
+    sections = [
+        _job_section(settings, comparison, seconds),
+        *comparison_sections(a, b, comparison, images),
+        _loss_section(out),
+    ]
+    write_report(
+        out / "report.html",
+        "LLaVA-1.5-HD at nano size",
+        sections,
+        "base: one view of 84 px; hd: 2x2 tiles of 56 px and a global view. "
+        "Same language model, data, steps and tower training.",
+    )
+    return report
+
+
+def _job_section(
+    settings: DemoSettings, comparison: Comparison, seconds: dict[str, dict[str, float]]
+) -> Section:
+    intro = (
+        "Scenes with small objects were drawn, two models trained on them in two stages with "
+        "DeepSpeed, and both asked which objects held-out scenes hold (POPE)."
+    )
+    facts = [
+        ("training scenes", str(settings.train_scenes)),
+        ("held-out scenes", str(settings.test_scenes)),
+        ("questions", f"{comparison.num_questions} in three splits"),
+        ("seed", str(settings.seed)),
+    ]
+    rows = [
+        [name, *(f"{steps.get(step, 0):.0f} s" for step in ("pretrain", "finetune", "eval"))]
+        for name, steps in seconds.items()
+    ]
+    table = Table(["model", "stage 1", "stage 2", "POPE"], rows, "Time, both models side by side.")
+    note = Note("A nano model on drawn scenes shows the mechanism, not the size of the real gain.")
+    return Section("The job", intro, [Facts(facts), table, note])
+
+
+def _loss_section(out: Path) -> Section:
+    charts = []
+    for number, title in ((1, "Stage 1: captions"), (2, "Stage 2: questions and answers")):
+        series = {}
+        for model in MODELS:
+            text = (out / model / f"stage{number}" / "metrics.jsonl").read_text(encoding="utf-8")
+            lines = [json.loads(line) for line in text.splitlines()]
+            series[model] = ([x["step"] for x in lines], [x["loss"] for x in lines])
+        charts.append(line_chart(title, series))
+    return Section("Training", "Mean cross entropy of the label tokens of each step.", charts)
