@@ -16,6 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from .compare import Estimate
+from .contestants import interval
 from .report import Chart
 
 COLOURS = ("#d9782d", "#2b84c6", "#2f9e77", "#b5679e", "#8a8f98")
@@ -95,10 +96,11 @@ def bar_chart(
                 error_kw={"ecolor": INK, "elinewidth": 1.1, "capsize": 2.5},
             )
             for at, e in zip(x, estimates, strict=True):
-                tallest = max(tallest, e.high)
+                top = e.span[1]
+                tallest = max(tallest, top)
                 axes.annotate(
                     f"{e.value:.3f}",
-                    (at, e.high),
+                    (at, top),
                     textcoords="offset points",
                     xytext=(0, 4),
                     ha="center",
@@ -120,13 +122,12 @@ def difference_chart(title: str, rows: Sequence[tuple[str, Estimate]], x_label: 
         figure, axes = _axes(7.2, 0.9 + 0.34 * len(rows), title)
         axes.axvline(0, color=INK, linewidth=1, alpha=0.6)
         for place, (name, e) in enumerate(rows):
-            clear = e.low > 0 or e.high < 0
-            colour = COLOURS[1 if e.value > 0 else 0] if clear else COLOURS[4]
+            colour = COLOURS[1 if e.value > 0 else 0] if e.clear else COLOURS[4]
             y = len(rows) - place
-            axes.plot([e.low, e.high], [y, y], color=colour, linewidth=2.4)
+            axes.plot(e.span, [y, y], color=colour, linewidth=2.4)
             axes.plot([e.value], [y], "o", color=colour, markersize=6)
             axes.annotate(
-                f"{e.value:+.4f}  [{e.low:+.4f}, {e.high:+.4f}]",
+                interval(e, signed=True),
                 (1.02, y),
                 xycoords=("axes fraction", "data"),
                 va="center",
@@ -164,7 +165,8 @@ def _cycle(number: int) -> list[str]:
 
 def _whiskers(estimates: Sequence[Estimate]) -> np.ndarray:
     """`[2 n]` lengths below and above each value."""
-    return np.array([[e.value - e.low, e.high - e.value] for e in estimates]).clip(min=0).T
+    pairs = [(e.value - e.span[0], e.span[1] - e.value) for e in estimates]
+    return np.array(pairs).reshape(-1, 2).clip(min=0).T
 
 
 def _chart(figure: Figure, alt: str) -> Chart:

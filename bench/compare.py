@@ -6,7 +6,9 @@ model, more than published differences between models. Hence everything here is 
 
 - **Intervals.** Bootstrap clustered by image: the six questions about an image (eighteen over the
   three splits) are not independent, so whole images are drawn, with replacement, and the same draw
-  serves both models and all splits. 95 % percentile intervals.
+  serves both models and all splits. 95 % percentile intervals. Of a few images there are too few
+  different draws: a split of fewer than MIN_IMAGES gets no p, its intervals are marked as not to
+  be shown, and so is the mean over it.
 - **p of a difference**, from the same resamples: twice the smaller share of resampled differences
   on either side of zero, (1 + k) / (1 + resamples) each, so it is never 0.
 - **McNemar, exact.** Of the questions that exactly one model has right, is the split between A and
@@ -30,6 +32,8 @@ from .pope_data import Answered, split_rank
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 MEAN, ALL = "mean", "all"
 ROUNDING = 1e-12  # a difference of two equal scores may miss 0 by the last bit
+MIN_IMAGES = 20  # of a split, for intervals and p by bootstrap
+MIN_RESAMPLES = 100  # below, a 95 % interval is a matter of chance
 CHUNK = 512  # resamples at a time: [512 images] weights stay in the cache
 
 # What is summed over questions, per image and split; all scores are quotients of these.
@@ -38,12 +42,26 @@ NUM, LABEL_YES, TRUE_YES, SAID_YES, RIGHT = range(5)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval; `p` (two-sided, against 0) only for differences."""
+    """A figure with its 95 % interval; `p` (two-sided, against 0) only for differences.
+
+    few_images: too few for the bootstrap; p is None, and the interval is not worth showing.
+    """
 
     value: float
     low: float
     high: float
     p: float | None = None
+    few_images: bool = False
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The interval as it may be shown: the bare value twice where the images are too few."""
+        return (self.value, self.value) if self.few_images else (self.low, self.high)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the images suffice and the interval does not hold 0."""
+        return not self.few_images and not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,10 @@ Figures = dict[str, dict[str, Estimate]]  # split (and "mean") -> metric -> esti
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same questions; `difference` is B - A, `mcnemar` is by split and "all"."""
+    """Two models on the same questions; `difference` is B - A, `mcnemar` is by split and "all".
+
+    few_images: the number of images of each split that has too few for the bootstrap.
+    """
 
     parser: str
     num_questions: int
@@ -71,6 +92,7 @@ class Comparison:
     b: Figures
     difference: Figures
     mcnemar: dict[str, McNemar]
+    few_images: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -84,8 +106,9 @@ def compare(
     resamples: int = 10_000,
     seed: int = 0,
     names: tuple[str, str] = ("A", "B"),
+    min_images: int = MIN_IMAGES,
 ) -> Comparison:
-    """Compare two models' answers to the same questions.
+    """Compare two models' answers to the same questions; `min_images` of a split for intervals.
 
     Raises DataError, with `names`, when the questions differ (in id, image, text or label).
     """
@@ -95,16 +118,19 @@ def compare(
     counts = np.stack([_counts(items, PARSERS[parser], splits, images) for items in (a, b)])
     point = _scores(counts.sum(axis=1))  # [2 M S+1]
     drawn = _bootstrap(counts, resamples, seed)  # [r 2 M S+1]
+    per_split = (counts[0, :, :, NUM] > 0).sum(axis=0)
+    few = {s: int(n) for s, n in zip(splits, per_split, strict=True) if n < min_images}
     return Comparison(
         parser=parser,
         num_questions=len(a),
         num_images=len(images),
         resamples=resamples,
         seed=seed,
-        a=_figures(point[0], drawn[:, 0], splits),
-        b=_figures(point[1], drawn[:, 1], splits),
-        difference=_figures(point[1] - point[0], drawn[:, 1] - drawn[:, 0], splits, with_p=True),
+        a=_figures(point[0], drawn[:, 0], splits, few),
+        b=_figures(point[1], drawn[:, 1], splits, few),
+        difference=_figures(point[1] - point[0], drawn[:, 1] - drawn[:, 0], splits, few, True),
         mcnemar=_mcnemar(a, b, PARSERS[parser], splits),
+        few_images=few,
     )
 
 
@@ -193,22 +219,33 @@ def _bootstrap(counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
 
 
 def _figures(
-    point: np.ndarray, drawn: np.ndarray, splits: Sequence[str], with_p: bool = False
+    point: np.ndarray,
+    drawn: np.ndarray,
+    splits: Sequence[str],
+    few: Mapping[str, int],
+    with_p: bool = False,
 ) -> Figures:
     """Point `[M S+1]` and resamples `[r M S+1]` -> estimates by split and metric."""
-    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
     return {
         split: {
-            metric: Estimate(
+            metric: _estimate(
                 float(point[m, s]),
-                float(low[m, s]),
-                float(high[m, s]),
-                bootstrap_p(drawn[:, m, s]) if with_p else None,
+                drawn[:, m, s],
+                with_p,
+                split in few or (split == MEAN and bool(few)),
             )
             for m, metric in enumerate(METRICS)
         }
         for s, split in enumerate([*splits, MEAN])
     }
+
+
+def _estimate(value: float, drawn: np.ndarray, with_p: bool, few: bool) -> Estimate:
+    """The estimate of resamples `[r]`, those that drew no question (NaN) left out."""
+    valid = drawn[~np.isnan(drawn)]
+    low, high = np.percentile(valid, (2.5, 97.5)) if len(valid) else (value, value)
+    p = bootstrap_p(valid) if with_p and not few else None
+    return Estimate(value, float(low), float(high), p, few)
 
 
 def bootstrap_p(differences: np.ndarray) -> float:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..hd.errors import DataError
 from ..hd.grid import HDConfig
 from ..hd.image import image_size, load_image
 from ..hd.plan import plan_image
 from ..hd.preview import draw_plan
 from .charts import bar_chart, difference_chart
 from .compare import MEAN, METRICS, Comparison, is_right, matched
-from .contestants import Contestant, differing_settings, interval, run_facts, show_p, verdict
-from .files import write_json
+from .contestants import Contestant, interval, run_facts, show_p, verdict, warnings_of
+from .files import find_image, json_text, write_whole
 from .pope import PARSERS, score_table
 from .pope_data import Answered
 from .report import (
@@ -28,13 +31,16 @@ from .report import (
     Section,
     Table,
     picture,
-    write_report,
+    render,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CARDS_PER_SIDE = 8
 GALLERY_IMAGES = 2
-GALLERY_PX = 720
-CARD_PX = 240
+GALLERY_PX = 560
+CARD_PX = 192
 
 Pair = tuple[Answered, Answered]  # one question as A and as B answer it
 Pairs = tuple[Sequence[Pair], Sequence[Pair]]  # only B right, only A right
@@ -43,20 +49,24 @@ Pairs = tuple[Sequence[Pair], Sequence[Pair]]  # only B right, only A right
 def write_comparison(
     out: Path, a: Contestant, b: Contestant, comparison: Comparison, images: Path | None
 ) -> None:
-    """Write report.json and report.html into `out`; `images` is their folder, if it is known."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "report.json", comparison_json(a, b, comparison))
-    write_report(
-        out / "report.html",
+    """Write report.json and report.html into `out`; `images` is their folder, if it is known.
+
+    Both are made before either is written.
+    """
+    values = json_text(comparison_json(a, b, comparison))
+    page = render(
         f"POPE: {a.name} and {b.name}",
         comparison_sections(a, b, comparison, images),
         f"{comparison.num_questions} questions about {comparison.num_images} images, "
         "answered by both models and compared question by question",
     )
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "report.json", values)
+    write_whole(out / "report.html", page)
 
 
 def comparison_json(a: Contestant, b: Contestant, comparison: Comparison) -> dict[str, Any]:
-    """JSON-able: both sides with their scores by both parsers, and the paired statistics."""
+    """JSON-able: both sides with their scores by both parsers, paired statistics, warnings."""
 
     def side(contestant: Contestant) -> dict[str, Any]:
         return {
@@ -66,7 +76,44 @@ def comparison_json(a: Contestant, b: Contestant, comparison: Comparison) -> dic
             "scores": score_table(contestant.answered),
         }
 
-    return {"a": side(a), "b": side(b), "comparison": comparison.to_dict()}
+    return {
+        "a": side(a),
+        "b": side(b),
+        "comparison": comparison.to_dict(),
+        "warnings": warnings_of(a, b, comparison),
+    }
+
+
+@dataclass
+class Album:
+    """The images of the questions, as far as they can be shown.
+
+    folder: None when it is not known. faults: why, by name, for those that were asked for in vain.
+    """
+
+    folder: Path | None
+    faults: dict[str, str] = field(default_factory=dict)
+
+    def load(self, name: str) -> Image | None:
+        """The image, or None: a report is not to fail on a picture that only adorns it."""
+        if self.folder is None or name in self.faults:
+            return None
+        try:
+            path = find_image(self.folder, name)
+            if path is not None:
+                return load_image(path)
+            self.faults[name] = f"{self.folder / name}: no such file"
+        except DataError as error:
+            self.faults[name] = str(error)
+        return None
+
+    def notes(self) -> list[Note]:
+        """How many images are not shown, and why the first is not."""
+        if not self.faults:
+            return []
+        number = "1 image is" if len(self.faults) == 1 else f"{len(self.faults)} images are"
+        first = next(iter(self.faults.values()))
+        return [Note(f"{number} missing, damaged or refused and not shown: {first}", "warning")]
 
 
 def comparison_sections(
@@ -74,23 +121,21 @@ def comparison_sections(
 ) -> list[Section]:
     """Verdict and scores, differences, examples, what each model sees, how it was measured."""
     examples = discordant(a, b, comparison.parser)
+    album = Album(images)
     sections = [
         _scores_section(a, b, comparison),
         _difference_section(a, b, comparison),
-        _examples_section(a, b, comparison.parser, examples, images),
+        _examples_section(a, b, comparison.parser, examples, album),
     ]
-    gallery = _gallery_section(a, b, examples, images)
+    gallery = _gallery_section(a, b, examples, album)
     return [*sections, *([gallery] if gallery else []), _method_section(a, b, comparison)]
 
 
 def _scores_section(a: Contestant, b: Contestant, comparison: Comparison) -> Section:
     splits = list(comparison.difference)
-    estimate = comparison.difference[MEAN]["f1"]
-    clear = estimate.low > 0 or estimate.high < 0
+    clear = comparison.difference[MEAN]["f1"].clear
     notes = [Note(verdict(a.name, b.name, comparison), "good" if clear else "plain")]
-    warnings = differing_settings(a, b)
-    if warnings:
-        notes.append(Note(" ".join(warnings), "warning"))
+    notes += [Note(warning, "warning") for warning in warnings_of(a, b, comparison)]
     chart = bar_chart(
         "F1 by split, with 95 % intervals",
         splits,
@@ -192,7 +237,7 @@ def _examples_section(
     b: Contestant,
     parser: str,
     examples: Pairs,
-    images: Path | None,
+    album: Album,
 ) -> Section:
     blocks: list[Block] = []
     for winner, pairs in ((b, examples[0]), (a, examples[1])):
@@ -201,7 +246,7 @@ def _examples_section(
                 question=x.question,
                 label=x.label,
                 remark=x.split,
-                picture=_picture_of(x, images),
+                picture=_picture_of(x, album),
                 answers=[
                     CardAnswer(side.name, item.text, is_right(item, PARSERS[parser]))
                     for side, item in ((a, x), (b, y))
@@ -212,6 +257,7 @@ def _examples_section(
         shown = f"the first {len(cards)} of {len(pairs)} questions" if pairs else "no question"
         caption = f"Only {winner.name} is right: {shown}."
         blocks.append(Cards(cards, caption))
+    blocks += album.notes()
     intro = (
         "Questions that exactly one model answers right: the first of each split in turn, not "
         "chosen by hand; a question that several splits ask is shown once."
@@ -219,17 +265,16 @@ def _examples_section(
     return Section("Where the two differ", intro, blocks)
 
 
-def _picture_of(item: Answered, images: Path | None) -> Picture | None:
-    if images is None:
-        return None
-    return picture(load_image(images / item.image), item.image, max_px=CARD_PX)
+def _picture_of(item: Answered, album: Album) -> Picture | None:
+    image = album.load(item.image)
+    return None if image is None else picture(image, item.image, max_px=CARD_PX)
 
 
 def _gallery_section(
     a: Contestant,
     b: Contestant,
     examples: Pairs,
-    images: Path | None,
+    album: Album,
 ) -> Section | None:
     """What each model sees of the first example images; None when that is not known."""
     geometries = [
@@ -237,27 +282,29 @@ def _gallery_section(
         for side in (a, b)
         if side.run is not None and side.run.model.get("hd")
     ]
-    names = list(dict.fromkeys(pair[0].image for pairs in examples for pair in pairs))
-    if images is None or not geometries or not names:
+    cards = [pair[0].image for pairs in examples for pair in pairs[:CARDS_PER_SIDE]]
+    loaded = ((name, album.load(name)) for name in dict.fromkeys(cards))  # one by one: may be large
+    found = ((name, image) for name, image in loaded if image is not None)
+    shown = list(islice(found, GALLERY_IMAGES))
+    if not geometries or not shown:
         return None
     if len(geometries) == 2 and geometries[0][1] == geometries[1][1]:
         geometries = [("both models", geometries[0][1])]
     pictures = [
-        sight(images / name, config, f"{name} as seen by {model}")
-        for name in names[:GALLERY_IMAGES]
+        sight(image, config, f"{name} as seen by {model}")
+        for name, image in shown
         for model, config in geometries
     ]
     intro = "Yellow lines part the tiles, the green frame holds the patches that become tokens."
     return Section("What the models see", intro, [Pictures(pictures)])
 
 
-def sight(image: Path, config: HDConfig, caption: str) -> Picture:
+def sight(image: Image, config: HDConfig, caption: str) -> Picture:
     """The picture of hd/preview.py: an image under the tiles and patches of a geometry."""
-    loaded = load_image(image)
-    plan = plan_image(image_size(loaded), config)
+    plan = plan_image(image_size(image), config)
     tiles = "1 tile" if plan.num_tiles == 1 else f"{plan.num_tiles} tiles"
     text = f"{caption}: {tiles}, {plan.num_tokens} visual tokens"
-    return picture(draw_plan(loaded, plan), caption, text, max_px=GALLERY_PX)
+    return picture(draw_plan(image, plan), caption, text, max_px=GALLERY_PX)
 
 
 def _method_section(a: Contestant, b: Contestant, comparison: Comparison) -> Section:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .compare import ALL, MEAN, Comparison, Estimate
+from ..hd.errors import DataError
+from .compare import ALL, MEAN, MIN_IMAGES, Comparison, Estimate
+from .files import find_image
 from .pope_data import Answered, SplitFile, answer_files
 from .pope_join import load_answered
 from .pope_run import RunRecord, read_run
@@ -55,22 +57,27 @@ def contestant_names(a: str | Path, b: str | Path) -> tuple[str, str]:
 
 
 def verdict(a: str, b: str, comparison: Comparison) -> str:
-    """What the comparison shows, in one or two sentences."""
+    """What the comparison shows, in one or two sentences; of too few images only the figures."""
     estimate = comparison.difference[MEAN]["f1"]
     scores = [figures[MEAN]["f1"].value for figures in (comparison.a, comparison.b)]
+    bootstrap = f", bootstrap {_equals(estimate.p)}" if estimate.p is not None else ""
     numbers = (
         f"mean F1 {scores[0]:.4f} for {a} and {scores[1]:.4f} for {b}, a difference of "
-        f"{interval(estimate, signed=True)}, bootstrap {_equals(estimate.p)}; "
+        f"{interval(estimate, signed=True)}{bootstrap}; "
         f"McNemar on all answers {_equals(comparison.mcnemar[ALL].p)}"
     )
-    if estimate.low > 0 or estimate.high < 0:
+    if estimate.few_images:
+        return f"No verdict, the images are too few: {numbers}."
+    if estimate.clear:
         return f"{b if estimate.value > 0 else a} is better: {numbers}."
     return f"No difference is shown: {numbers}. The interval holds 0."
 
 
 def interval(estimate: Estimate, signed: bool = False) -> str:
-    """`value [low, high]` with four digits."""
+    """`value [low, high]` with four digits; the bare value where there is no interval."""
     sign = "+" if signed else ""
+    if estimate.few_images:
+        return f"{estimate.value:{sign}.4f}"
     return f"{estimate.value:{sign}.4f} [{estimate.low:{sign}.4f}, {estimate.high:{sign}.4f}]"
 
 
@@ -85,6 +92,18 @@ def _equals(p: float | None) -> str:
     """`p = 0.012` or `p < 0.0001`."""
     shown = show_p(p)
     return f"p {shown}" if shown.startswith("<") else f"p = {shown}"
+
+
+def warnings_of(a: Contestant, b: Contestant, comparison: Comparison) -> list[str]:
+    """What the reader must know before the figures, a sentence each."""
+    few = [f"{split} has {number}" for split, number in comparison.few_images.items()]
+    if not few:
+        return differing_settings(a, b)
+    return [
+        f"Too few images for intervals and p by bootstrap: {', '.join(few)}, at least "
+        f"{MIN_IMAGES} are needed. McNemar's test takes questions about one image as independent.",
+        *differing_settings(a, b),
+    ]
 
 
 def differing_settings(a: Contestant, b: Contestant) -> list[str]:
@@ -120,11 +139,21 @@ def run_facts(side: Contestant) -> list[tuple[str, str]]:
             "\n".join(f"{file['file']}: {file['questions']} questions" for file in run.questions)
             + (f"\nthe first {run.limit} of each split" if run.limit else ""),
         ),
+        *(
+            ("label file", f"{file['file']}: {file['questions']} labelled questions")
+            for file in run.labels
+        ),
         ("decoding", f"{decoding}, batches of {run.batch_size} on {run.device}"),
     ]
 
 
-def missing_image(folder: Path, side: Contestant) -> str | None:
-    """The first image that is missing from the folder, or None when all are there."""
-    names = dict.fromkeys(item.image for item in side.answered)
-    return next((name for name in names if not (folder / name).is_file()), None)
+def holds_images(folder: Path, side: Contestant) -> bool:
+    """Whether the folder holds any image that the questions are about."""
+    return any(_is_in(folder, name) for name in {item.image for item in side.answered})
+
+
+def _is_in(folder: Path, name: str) -> bool:
+    try:
+        return find_image(folder, name) is not None
+    except DataError:  # it leaves the folder
+        return False

@@ -1,4 +1,4 @@
-"""Reading JSON lines with errors that name file and line; files that appear whole or never."""
+"""Files: JSON lines with errors that name file and line, images below one folder, whole writes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hd.errors import DataError, UsageError
+from ..train.records import image_path, path_fault
 
 
 def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -40,6 +41,28 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     return record
 
 
+def find_image(folder: Path, name: str) -> Path | None:
+    """The file of an image name below `folder`, links followed; None where there is none.
+
+    Raises DataError for a name, or a link, that leaves the folder, and for what is no file.
+    """
+    # os.path.exists, because Path.exists raises for a name that is too long
+    if path_fault(name) is None and not os.path.exists(folder / name):  # noqa: PTH110
+        return None
+    return image_path(folder, name)
+
+
+def check_out(out: Path) -> None:
+    """Refuse, with UsageError, an --out that is a file, lies in one or cannot be written."""
+    for place in (out, *out.parents):
+        if place.is_dir():
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise UsageError(f"--out {out}: {place} cannot be written; give another folder")
+            return
+        if os.path.lexists(place):
+            raise UsageError(f"--out {out}: {place} is a file; give a folder")
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -55,6 +78,11 @@ def write_whole(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def json_text(value: Any) -> str:
+    """A JSON-able value, indented; ValueError for NaN and infinity."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON-able value, indented, as `write_whole` does."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(path, json_text(value))

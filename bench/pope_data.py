@@ -192,7 +192,12 @@ def read_answers(files: Sequence[SplitFile]) -> list[Answer]:
             split = _split(file, where, record, "split" if "split" in record else "category")
             number_id = _question_id(where, record)
             answers.append(Answer(split, number_id, record["text"], where, **optional))
-    index_by(answers, lambda answer: (answer.split, str(answer.question_id)), say_id)
+    index_by([a for a in answers if a.split], lambda a: (a.split, str(a.question_id)), say_id)
+    remedy = (
+        "remove one, or, if they answer different splits, give one answers file per split, each as "
+        "SPLIT=FILE"
+    )
+    index_by([a for a in answers if not a.split], lambda a: str(a.question_id), say_id, remedy)
     return answers
 
 
@@ -222,7 +227,10 @@ def _text(where: str, record: Mapping[str, Any], field: str) -> str:
 
 
 def index_by(
-    items: Iterable[Any], key: Callable[[Any], Any], say: Callable[[Any], str]
+    items: Iterable[Any],
+    key: Callable[[Any], Any],
+    say: Callable[[Any], str],
+    remedy: str = "remove one",
 ) -> dict[Any, Any]:
     """The items by key; DataError, with what `say` calls it, when two (each with a `where`) share
     one."""
@@ -231,7 +239,7 @@ def index_by(
         name = key(item)
         if name in index:
             raise DataError(
-                f"{say(item)} stands twice: {index[name].where} and {item.where}; remove one"
+                f"{say(item)} stands twice: {index[name].where} and {item.where}; {remedy}"
             )
         index[name] = item
     return index

@@ -107,7 +107,7 @@ def _split_of(answer: Answer, splits_of_id: Mapping[str, list[str]]) -> str:
 
 def _answered(question: Question, answer: Answer) -> Answered:
     if question.label is None:
-        raise DataError(f"{question.where}: no label; give POPE's label files with --labels")
+        raise DataError(f"{question.where}: no label; correct the line")
     for name, ours, theirs in (
         ("image", question.image, answer.image),
         (
@@ -170,15 +170,27 @@ def load_questions(
 ) -> list[Question]:
     """Questions with labels: from their own files, or joined from POPE's label files."""
     if not questions:  # POPE's label files are its question files
-        return read_questions(labels)
+        return _read_labels(labels)
     found = read_questions(questions)
     if labels:
-        return with_labels(found, read_questions(labels))
+        return with_labels(found, _read_labels(labels))
     for question in found:
         if question.label is None:
             raise DataError(
                 f"{question.where}: field 'label' is missing; correct the line, or give the "
                 "folder of POPE's label files with --labels"
+            )
+    return found
+
+
+def _read_labels(files: Sequence[SplitFile]) -> list[Question]:
+    """The questions of label files, each with its label."""
+    found = read_questions(files)
+    for question in found:
+        if question.label is None:
+            raise DataError(
+                f"{question.where}: field 'label' is missing in a label file; correct the line, "
+                "or give POPE's own files with --labels"
             )
     return found
 

@@ -18,9 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from ..hd.errors import DataError, UsageError
-from .files import sha256, write_json
+from .files import check_out, find_image, sha256, write_json
 from .pope import score_table
-from .pope_data import ANSWERS, Answered, Question, SplitFile, answer_files, read_answers
+from .pope_data import (
+    ANSWERS,
+    Answered,
+    Question,
+    SplitFile,
+    answer_files,
+    read_answers,
+    say_id,
+)
 from .pope_join import bare_question, join
 
 AnswerBatch = Callable[[list[Path], list[str]], list[str]]  # images, questions -> answers
@@ -38,8 +46,8 @@ class RunRecord:
     """What makes a run: written beside its answers, and compared when it is resumed.
 
     model: path, fingerprint and, where known, the geometry ("hd"). questions: one entry per file,
-    its path, sha256 and number of questions. images: the folder. decoding: how text was made.
-    limit: questions per split, None for all.
+    its path, sha256 and number of questions; labels: the same of label files. images: the folder.
+    decoding: how text was made. limit: questions per split, None for all.
     """
 
     model: dict[str, Any]
@@ -50,6 +58,7 @@ class RunRecord:
     limit: int | None
     batch_size: int
     device: str
+    labels: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `read_run` reads it back."""
@@ -59,7 +68,8 @@ class RunRecord:
         """The part that must be equal for two runs to share one set of answers."""
         values = {k: v for k, v in asdict(self).items() if k not in FREE_FIELDS}
         values["model"] = self.model["fingerprint"]
-        values["questions"] = [entry["sha256"] for entry in self.questions]
+        for name, files in (("questions", self.questions), ("labels", self.labels)):
+            values[name] = sorted(entry["sha256"] for entry in files)
         return values
 
 
@@ -87,25 +97,22 @@ def grouped_by_image(questions: Sequence[Question]) -> list[Question]:
 def image_paths(questions: Sequence[Question], folder: Path) -> dict[str, Path]:
     """Where each image is. Raises DataError naming image and question for one that is missing.
 
-    An image name that leads out of the folder is refused.
+    An image name, or a link, that leads out of the folder is refused.
     """
     if not folder.is_dir():
         raise UsageError(f"--images {folder} is not a folder; give the folder of the images")
-    root = os.path.normpath(folder)
     found: dict[str, Path] = {}
     missing: list[Question] = []
     for question in questions:
         if question.image in found:
             continue
-        path = Path(os.path.normpath(folder / question.image))
-        if not path.is_relative_to(root):
-            raise DataError(
-                f"{question.where}: image {question.image!r} leads out of {folder}; "
-                "images are named relative to --images"
-            )
-        if not path.is_file():
+        try:
+            path = find_image(folder, question.image)
+        except DataError as error:
+            raise DataError(f"{question.where}: {error}") from error
+        if path is None:
             missing.append(question)
-        found[question.image] = path
+        found[question.image] = path or folder / question.image
     if missing:
         first = missing[0]
         raise DataError(
@@ -155,7 +162,8 @@ def read_run(folder: Path) -> RunRecord | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        record = RunRecord(**{**values, "questions": tuple(values["questions"])})
+        files, labels = tuple(values["questions"]), tuple(values.get("labels", ()))
+        record = RunRecord(**{**values, "questions": files, "labels": labels})
         record.identity()
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not the record of an evaluation; remove it") from error
@@ -165,8 +173,7 @@ def read_run(folder: Path) -> RunRecord | None:
 def check_resumable(out: Path, record: RunRecord) -> None:
     """Refuse, with UsageError, a folder whose answers were made by something else."""
     run, answers = out / RUN, out / ANSWERS
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; give a folder")
+    check_out(out)
     if answers.exists() and not run.exists():
         raise UsageError(f"--out {out} has {ANSWERS} but no {RUN}; choose another folder")
     old = read_run(out)
@@ -188,7 +195,7 @@ def _shown(record: RunRecord, name: str) -> str:
     value = getattr(record, name)
     if name == "model":
         return f"{value['path']} ({value['fingerprint'][:8]})"
-    if name == "questions":
+    if name in ("questions", "labels"):
         return ", ".join(f"{entry['file']} ({entry['sha256'][:8]})" for entry in value)
     return repr(value)
 
@@ -233,10 +240,18 @@ def evaluate(
 
     `answer` gets image paths and questions with the response prompt; `progress` (answered, total)
     is called before the first batch and after each. Returns all answers in the order of
-    `questions`.
+    `questions`. Raises DataError naming the question when its image cannot be used; what is
+    answered by then stays on disk.
     """
-    out.mkdir(parents=True, exist_ok=True)
     finished = {item.key for item in done}
+    strange = finished - {question.key for question in questions}
+    if strange:  # with a limit, files in another order give other first questions
+        split, number = min(strange)
+        raise UsageError(
+            f"--out {out} answers question_id {number} of split {split}, which is not asked now; "
+            "give the question files in the first run's order, or choose another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
     waiting = [question for question in grouped_by_image(questions) if question.key not in finished]
     if waiting or not (out / RUN).exists():
         write_json(out / RUN, record.to_dict())
@@ -244,12 +259,7 @@ def evaluate(
     with (out / ANSWERS).open("ab") as file:
         for start in range(0, len(waiting), record.batch_size):
             batch = waiting[start : start + record.batch_size]
-            texts = answer(
-                [images[question.image] for question in batch],
-                [bare_question(question.text) + record.prompt for question in batch],
-            )
-            if len(texts) != len(batch):
-                raise ValueError(f"{len(texts)} answers for {len(batch)} questions")
+            texts = _ask(answer, batch, images, record.prompt)
             lines = [
                 json.dumps(asdict(_answered(question, text)), ensure_ascii=False) + "\n"
                 for question, text in zip(batch, texts, strict=True)
@@ -262,6 +272,26 @@ def evaluate(
     answered = join(questions, read_answers(answer_files([out])))
     write_json(out / SCORES, score_table(answered))
     return answered
+
+
+def _ask(
+    answer: AnswerBatch, batch: Sequence[Question], images: dict[str, Path], prompt: str
+) -> list[str]:
+    """One batch's answers; DataError about an image says which question asks for it."""
+    paths = [images[question.image] for question in batch]
+    try:
+        texts = answer(paths, [bare_question(question.text) + prompt for question in batch])
+    except DataError as error:
+        for question, path in zip(batch, paths, strict=True):
+            if str(error).startswith((f"{path}: ", f"{str(path)!r}: ")):
+                raise DataError(
+                    f"{question.where}: {say_id(question)}: {error}; the answers so far are kept, "
+                    "the same command goes on"
+                ) from error
+        raise
+    if len(texts) != len(batch):
+        raise ValueError(f"{len(texts)} answers for {len(batch)} questions")
+    return texts
 
 
 def _answered(question: Question, text: str) -> Answered:

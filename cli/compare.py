@@ -11,17 +11,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.compare import ALL, MEAN, Comparison, compare
+from ..bench.compare import ALL, MEAN, MIN_RESAMPLES, Comparison, compare
 from ..bench.contestants import (
     Contestant,
     contestant_names,
-    differing_settings,
-    missing_image,
+    holds_images,
     read_contestant,
     run_facts,
     show_p,
     verdict,
+    warnings_of,
 )
+from ..bench.files import check_out
 from ..bench.pope import PARSERS
 from ..bench.pope_data import split_files
 from ..hd.errors import UsageError
@@ -62,12 +63,14 @@ def run(args: Namespace) -> int:
     """Read both sides, compare, write the report, print."""
     if args.parser not in PARSERS:
         raise UsageError(f"--parser {args.parser!r} is unknown; there is {', '.join(PARSERS)}")
-    for option, value, least in (("seed", args.seed, 0), ("resamples", args.resamples, 1)):
+    for option, value, least in (
+        ("seed", args.seed, 0),
+        ("resamples", args.resamples, MIN_RESAMPLES),
+    ):
         if value < least:
             raise UsageError(f"--{option} {value}: give a number from {least}")
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; give a folder")
+    check_out(out)
     questions = split_files(args.questions or [])
     labels = split_files([args.labels]) if args.labels else []
     names = args.names or contestant_names(args.a, args.b)
@@ -94,14 +97,17 @@ def run(args: Namespace) -> int:
 
 
 def _images(given: str | None, a: Contestant, b: Contestant) -> Path | None:
-    """The folder of the images: as given, or from the record of a run if they are still there."""
+    """The folder of the images: as given, or from the record of a run if some are still there."""
     if given is not None:
-        missing = missing_image(Path(given), a)
-        if missing:
-            raise UsageError(f"--images {given}: {missing} is not in it; give the right folder")
+        if not holds_images(Path(given), a):
+            name = a.answered[0].image
+            raise UsageError(
+                f"--images {given}: {name} is not in it, nor is any other of the images; "
+                "give the right folder"
+            )
         return Path(given)
     for side in (a, b):
-        if side.run is not None and not missing_image(Path(side.run.images), a):
+        if side.run is not None and holds_images(Path(side.run.images), a):
             return Path(side.run.images)
     return None
 
@@ -110,7 +116,7 @@ def _print(console: Console, a: Contestant, b: Contestant, comparison: Compariso
     console.print(_scores_table(a, b, comparison))
     console.print(_tests_table(a, b, comparison))
     console.print(verdict(a.name, b.name, comparison), highlight=False, markup=False)
-    for line in differing_settings(a, b):
+    for line in warnings_of(a, b, comparison):
         console.print(line, style="yellow", highlight=False, markup=False)
     console.print(
         f"{comparison.parser} parser; {comparison.num_questions} questions, "
@@ -134,7 +140,7 @@ def _scores_table(a: Contestant, b: Contestant, comparison: Comparison) -> Table
                 f"{comparison.a[split][metric].value:.4f}",
                 f"{comparison.b[split][metric].value:.4f}",
                 f"{difference.value:+.4f}",
-                f"{difference.low:+.4f} {difference.high:+.4f}",
+                "" if difference.few_images else f"{difference.low:+.4f} {difference.high:+.4f}",
                 show_p(difference.p),
                 style="bold" if split == MEAN else "",
             )

@@ -28,8 +28,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ..bench.files import check_out
 from ..bench.pope import PROMPT, score_table
-from ..bench.pope_data import Answered, answer_files, split_files
+from ..bench.pope_data import Answered, answer_files, read_questions, split_files
 from ..bench.pope_join import load_answered, load_questions
 from ..bench.pope_run import (
     SCORES,
@@ -115,11 +116,13 @@ def _ask(args: Namespace) -> list[Answered]:
     """All checks that need no model come first; only then anything is loaded or written."""
     _check_options(args)
     model_dir, images_dir, out = Path(args.model), Path(args.images), Path(args.out)
+    check_out(out)
     model = {"path": str(model_dir.resolve()), "fingerprint": fingerprint(model_dir)}
     files = split_files(args.questions)
     labels = split_files([args.labels]) if args.labels else []
     questions = load_questions(files, labels)
-    described = describe_files([*files, *labels], questions)
+    described = describe_files(files, questions)
+    labels_described = describe_files(labels, read_questions(labels)) if labels else []
     questions = first_questions(questions, args.limit)
     images = image_paths(questions, images_dir)
     device, dtype = _device_and_dtype(args.device, args.dtype)
@@ -132,6 +135,7 @@ def _ask(args: Namespace) -> list[Answered]:
         limit=args.limit,
         batch_size=args.batch_size,
         device=device,
+        labels=tuple(labels_described),
     )
     check_resumable(out, record)
     done = finished_answers(out, notify=_tell)

@@ -55,7 +55,7 @@ def noisy(items: list[Answered], rate: float, seed: int) -> list[Answered]:
     ]
 
 
-ITEMS = questions(12)
+ITEMS = questions(24)
 A, B = noisy(ITEMS, 0.3, seed=1), noisy(ITEMS, 0.15, seed=2)
 
 
@@ -116,7 +116,7 @@ def test_intervals_and_p_agree_with_all_resamples_of_four_images() -> None:
     for images in itertools.product(names, repeat=4):
         x, y = (score_splits(resampled(side, list(images)))["random"].f1 for side in (a, b))
         every.append(y - x)
-    found = compare(a, b, resamples=40_000).difference["random"]["f1"]
+    found = compare(a, b, resamples=40_000, min_images=4).difference["random"]["f1"]
     low, high = np.percentile(every, (2.5, 97.5))
     assert found.low == pytest.approx(low, abs=0.02)
     assert found.high == pytest.approx(high, abs=0.02)
@@ -266,22 +266,48 @@ def test_any_answers_give_figures_in_order(data: st.DataObject) -> None:
         for estimates in figures.values():
             for estimate in estimates.values():
                 assert -1 <= estimate.low <= estimate.high <= 1
-                assert estimate.p is None or 0 < estimate.p <= 1
+                assert estimate.p is None
+                assert estimate.few_images and not estimate.clear
+                assert estimate.span == (estimate.value, estimate.value)
 
 
 def test_a_split_that_few_images_have_does_not_break_the_resamples() -> None:
     a = [*A, Answered("odd", 1, "0.jpg", "Is it?", "yes", "Yes")]
     b = [*B, Answered("odd", 1, "0.jpg", "Is it?", "yes", "No")]
     found = compare(a, b, resamples=500)
-    assert found.difference["odd"]["accuracy"].value == -1
-    assert found.difference["odd"]["accuracy"].high == -1
+    assert found.few_images == {"odd": 1}
+    odd = found.difference["odd"]["accuracy"]
+    assert (odd.value, odd.high, odd.p) == (-1, -1, None)
+    assert found.difference[MEAN]["accuracy"].p is None
+    assert found.difference["random"]["accuracy"].p is not None
+
+
+@pytest.mark.parametrize("resamples", [1, 100])
+def test_splits_about_different_images_can_be_compared(resamples: int) -> None:
+    a, b = (
+        [x for x in items if (x.split == "random") == (int(x.image[:-4]) < 2)] for items in (A, B)
+    )
+    found = compare(a, b, resamples=resamples)
+    assert found.few_images == {"random": 2}
+    for figures in found.difference.values():
+        assert all(np.isfinite(estimate.span).all() for estimate in figures.values())
+
+
+def test_below_twenty_images_there_is_no_p_and_mcnemar_stays() -> None:
+    for number in (19, 20):
+        a, b = ([x for x in items if int(x.image[:-4]) < number] for items in (A, B))
+        found = compare(a, b, resamples=100)
+        assert found.few_images == (dict.fromkeys(SPLITS, 19) if number == 19 else {})
+        estimates = [figures["f1"] for figures in found.difference.values()]
+        assert {estimate.p is None for estimate in estimates} == {number == 19}
+        assert 0 < found.mcnemar[ALL].p <= 1
 
 
 def test_different_questions_are_refused_with_both_sides_named() -> None:
     with pytest.raises(DataError) as caught:
         compare(A[1:], B[:-2])
     message = str(caught.value)
-    assert "2 only in A (first: question_id 70 of adversarial)" in message
+    assert "2 only in A (first: question_id 142 of adversarial)" in message
     assert "1 only in B (first: question_id 0 of random)" in message
 
 

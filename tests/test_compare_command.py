@@ -53,9 +53,14 @@ def make_run(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_pope(tmp_path / "pope", num_images=4)
+    return make_folder(tmp_path, num_images=20)
+
+
+def make_folder(tmp_path: Path, num_images: int) -> Path:
+    """Questions, images and two runs, which err on the first four images only."""
+    write_pope(tmp_path / "pope", num_images)
     (tmp_path / "images").mkdir()
-    for number in range(4):
+    for number in range(num_images):
         random_image((60, 80), seed=number).save(tmp_path / "images" / image_name(number))
     make_run(tmp_path, "base", wrong={1, 2, 5, 7, 8, 10, 14, 15, 19, 20}, preset="base224")
     make_run(tmp_path, "hd", wrong={2, 3, 13})
@@ -74,15 +79,15 @@ def test_both_models_stand_side_by_side_with_what_was_measured(
     code, out, _ = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
     assert code == 0
     assert "…" not in out
-    # 24 questions a split: 10 wrong against 3 wrong, of which one shared
+    # 120 questions a split: 10 wrong against 3 wrong, of which one shared
     for pattern in (
         r"base \(A\) and hd \(B\)",
-        r"accuracy\s+0\.5833\s+0\.8750\s+\+0\.2917",
+        r"accuracy\s+0\.9167\s+0\.9750\s+\+0\.0583",
         r"random\s+2\s+9\s+0\.065",
         r"all\s+6\s+27\s+0\.00032",
         r"hd is better: mean F1",
-        r"original parser; 72 questions, 4 images; 10000 resamples, seed 0",
-        r"coco_pope_popular\.json: 24 questions",
+        r"original parser; 360 questions, 20 images; 10000 resamples, seed 0",
+        r"coco_pope_popular\.json: 120 questions",
         r"base: model: /models/base \(bbbb",
         r'hd: response prompt: "\\nAnswer the question',
         r"hd: decoding: max_new_tokens 16, greedy True, dtype float32, batches of 6 on cpu",
@@ -203,7 +208,8 @@ def test_folders_of_the_same_name_are_told_apart(
         (["base", "images"], "no answers.jsonl"),
         (["base", "hd", "--parser", "loose"], "'loose'"),
         (["base", "hd", "--seed", "-1"], "--seed"),
-        (["base", "hd", "--resamples", "0"], "--resamples"),
+        (["base", "hd", "--resamples", "99"], "--resamples 99: give a number from 100"),
+        (["base", "hd", "--out", "images/photo_0.png/deep/x"], "images/photo_0.png is a file"),
         (["base", "hd", "--images", "pope"], "photo_0.png"),
         (["base", "hd", "--names", "m", "m"], "--names"),
         (["base", "hd", "--out", "images/photo_0.png"], "is a file"),
@@ -221,6 +227,72 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert said in err
     assert not (folder / "comparison").exists()
+
+
+def test_few_images_get_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path, num_images=1)
+    code, out, _ = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
+    assert code == 0
+    assert "is better" not in out
+    assert "bootstrap p" not in out
+    assert "No verdict, the images are too few: mean F1" in out
+    said = "Too few images for intervals and p by bootstrap: random has 1, popular has 1"
+    assert said in " ".join(out.split())
+    page = (folder / "cmp" / "report.html").read_text()
+    assert said in page
+    assert "is better" not in page
+    report = json.loads((folder / "cmp" / "report.json").read_text())
+    assert report["warnings"][0].startswith(said)
+    assert report["comparison"]["difference"]["mean"]["f1"]["p"] is None
+    assert report["comparison"]["mcnemar"]["all"]["only_b"] > 0
+
+
+def test_damaged_and_missing_images_leave_cards_without_pictures(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "images" / image_name(0)).write_bytes(b"no image")
+    (folder / "images" / image_name(1)).unlink()
+    code, _, _ = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
+    assert code == 0
+    page = (folder / "cmp" / "report.html").read_text()
+    assert "2 images are missing, damaged or refused and not shown: " in page
+    assert f"{folder / 'images' / image_name(0)}: not an image" in page
+    assert page.count("<article>") > len(re.findall(r"<article>\s*<img", page)) > 0
+    assert "photo_2.png as seen by hd" in page
+
+
+@pytest.mark.parametrize("place", ["absolute", "above", "link"])
+def test_an_image_outside_the_folder_is_never_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    secret = tmp_path / "secret.png"
+    random_image((30, 30), seed=9).save(secret)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "link.png").symlink_to(secret)
+    random_image((30, 30), seed=8).save(tmp_path / "images" / "plain.png")
+    name = {"absolute": str(secret), "above": "../secret.png", "link": "link.png"}[place]
+    for side, text in (("a", "Yes"), ("b", "No")):
+        line = {"split": "random", "question": "Is it?", "label": "yes", "text": text}
+        lines = [{**line, "question_id": n, "image": x} for n, x in enumerate((name, "plain.png"))]
+        write_lines(tmp_path / f"{side}.jsonl", lines)
+    words = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--images", tmp_path / "images"]
+    code, _, _ = run(capsys, *words, "--out", tmp_path / "cmp")
+    assert code == 0
+    page = (tmp_path / "cmp" / "report.html").read_text()
+    assert (page.count("<article>"), page.count("<img")) == (2, 1)
+    assert "1 image is missing, damaged or refused and not shown: " in page
+
+
+def test_nothing_is_written_when_the_report_cannot_be_made(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "hd" / "run.json"
+    record = json.loads(path.read_text())
+    record["model"]["hd"]["tile_pixels"] = 3  # drawing what the model sees fails on it
+    path.write_text(json.dumps(record))
+    code, _, err = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
+    assert (code, err.count("\n")) == (2, 1)
+    assert not (folder / "cmp").exists()
 
 
 def test_a_question_of_several_splits_is_one_example(folder: Path) -> None:

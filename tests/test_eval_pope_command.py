@@ -225,6 +225,48 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert (code, again) == (0, out)
 
 
+def test_a_damaged_image_ends_the_run_and_the_mended_one_finishes_it(
+    asked: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = options(asked, model_dir, "--batch-size", 6, "--limit", 12)
+    photo = asked["images"] / image_name(1)
+    whole = photo.read_bytes()
+    photo.write_bytes(whole[:200])
+    code, _, err = run(capsys, *words)
+    assert code == 3
+    [line] = [line for line in err.splitlines() if line.startswith("llava-hd: error")]
+    assert "coco_pope_random.json:7: question_id 7 of split random: " in line
+    assert f"{photo}: " in line
+    assert len((asked["out"] / "answers.jsonl").read_text().splitlines()) == 18
+    assert not (asked["out"] / "scores.json").exists()
+    photo.write_bytes(whole)
+    code, _, err = run(capsys, *words)
+    assert (code, "18 of 36 questions are answered already" in err) == (0, True)
+
+
+def test_label_files_are_recorded_as_such(
+    asked: dict[str, Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = asked["questions"]
+    asked["questions"] = write_lines(tmp_path / "llava.jsonl", llava_records())
+    words = options(asked, model_dir, "--limit", 1, "--labels", labels)
+    assert run(capsys, *words)[0] == 0
+    record = json.loads((asked["out"] / "run.json").read_text())
+    assert [entry["questions"] for entry in record["questions"]] == [54]
+    assert [entry["questions"] for entry in record["labels"]] == [18, 18, 18]
+    assert run(capsys, *words)[0] == 0
+
+
+def test_an_out_inside_a_file_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["--model", "m", "--questions", "q", "--images", "i", "--out", tmp_path / "file/x"]
+    code, _, err = run(capsys, *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{tmp_path}/file is a file" in err
+
+
 def test_another_prompt_is_asked_and_recorded_and_does_not_resume(
     asked: dict[str, Path], model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

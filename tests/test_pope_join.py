@@ -181,6 +181,26 @@ def test_questions_without_labels_say_what_is_missing(tmp_path: Path) -> None:
         load_answered(split_files([answers]), split_files([questions]))
 
 
+def test_a_label_file_with_an_unlabelled_line_is_refused_at_that_line(tmp_path: Path) -> None:
+    labels = write_pope(tmp_path / "labels")
+    records = pope_records("random")
+    del records[4]["label"]
+    write_lines(labels[0], records)
+    questions = write_lines(tmp_path / "q.jsonl", llava_records())
+    answers = write_lines(tmp_path / "a.jsonl", llava_answers())
+    for asked in (split_files([questions]), []):
+        with pytest.raises(DataError, match=rf"^{labels[0]}:5: field 'label' is missing in a lab"):
+            load_answered(split_files([answers]), asked, split_files([tmp_path / "labels"]))
+
+
+def test_concatenated_answers_without_splits_are_told_how_to_be_given(tmp_path: Path) -> None:
+    files = split_files(write_pope(tmp_path))
+    plain = [{k: v for k, v in a.items() if k != "split"} for a in pope_answers()]
+    path = write_lines(tmp_path / "a.jsonl", plain)
+    with pytest.raises(DataError, match=rf"1 stands twice: {path}:1 and {path}:19; .*SPLIT=FILE"):
+        load_answered(split_files([path]), files)
+
+
 def test_an_empty_answers_file_is_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [])
     with pytest.raises(DataError, match=rf"{path}: no answer"):

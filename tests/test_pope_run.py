@@ -20,7 +20,6 @@ from llava_hd.bench.pope_run import (
     finished_answers,
     first_questions,
     grouped_by_image,
-    image_paths,
     read_run,
 )
 from llava_hd.hd.errors import DataError, UsageError
@@ -246,40 +245,51 @@ def test_a_wrong_number_of_answers_is_not_written(
     assert (tmp_path / "answers.jsonl").read_bytes() == b""
 
 
-def test_a_missing_image_is_named_with_its_question(
-    tmp_path: Path, questions: list[Question]
+def test_a_damaged_image_names_its_question_and_the_run_goes_on_once_it_is_mended(
+    tmp_path: Path, questions: list[Question], images: dict[str, Path]
 ) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in (0, 2):
-        (folder / image_name(number)).write_bytes(b"")
+    out, mended = tmp_path / "out", []
+
+    def answer(paths: list[Path], texts: list[str]) -> list[str]:
+        if images[image_name(1)] in paths and not mended:
+            raise DataError(f"{images[image_name(1)]}: damaged image; fetch it again")
+        return [true_label(text).title() for text in texts]
+
     with pytest.raises(DataError) as caught:
-        image_paths(questions, folder)
+        evaluate(questions, images, answer, out, run_record(6))
     message = str(caught.value)
-    assert f"{folder / image_name(1)}: no such image" in message
-    assert "question_id 7 of split random" in message
-    assert "1 of 3 images are missing" in message
-    (folder / image_name(1)).write_bytes(b"")
-    assert image_paths(questions, folder) == {
-        image_name(number): folder / image_name(number) for number in range(3)
-    }
+    assert message.startswith(f"{questions[6].where}: question_id 7 of split random: ")
+    assert "photo_1.png: damaged image; fetch it again; the answers so far are kept" in message
+    done = finished_answers(out, pytest.fail)
+    assert len(done) == 18
+    mended.append(True)
+    assert len(evaluate(questions, images, answer, out, run_record(6), done)) == 54
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/etc/passwd"])
-def test_an_image_outside_the_folder_is_refused(
-    tmp_path: Path, questions: list[Question], name: str
+def test_the_order_of_the_question_files_does_not_matter_for_resuming(tmp_path: Path) -> None:
+    files = tuple({"file": f"{n}.json", "sha256": str(n) * 64, "questions": 1} for n in range(3))
+    record = replace(run_record(), questions=files, labels=files)
+    (tmp_path / "run.json").write_text(json.dumps(record.to_dict()))
+    assert read_run(tmp_path) == record
+    check_resumable(tmp_path, replace(record, questions=files[::-1], labels=files[::-1]))
+    with pytest.raises(UsageError, match="its labels is"):
+        check_resumable(tmp_path, replace(record, labels=files[:2]))
+
+
+def test_answers_to_questions_that_are_not_asked_now_are_refused(
+    tmp_path: Path, questions: list[Question], images: dict[str, Path]
 ) -> None:
-    (tmp_path / "secret.png").write_bytes(b"")
-    (tmp_path / "images").mkdir()
-    with pytest.raises(DataError, match="leads out of"):
-        image_paths([replace(questions[0], image=name)], tmp_path / "images")
+    out = tmp_path / "out"
+    evaluate(questions[:6], images, Oracle(), out, run_record())
+    done = finished_answers(out, pytest.fail)
+    with pytest.raises(UsageError, match="answers question_id 1 of split random, which is not"):
+        evaluate(questions[1:], images, Oracle(0), out, run_record(), done)
 
 
-def test_an_image_folder_that_is_none_is_a_usage_error(
-    tmp_path: Path, questions: list[Question]
-) -> None:
-    with pytest.raises(UsageError, match="--images"):
-        image_paths(questions, tmp_path / "nothing")
+def test_an_out_inside_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=rf"{tmp_path}/file is a file"):
+        check_resumable(tmp_path / "file" / "deep" / "x", run_record())
 
 
 def test_a_limit_takes_the_first_questions_of_each_split(questions: list[Question]) -> None:
