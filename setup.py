@@ -22,7 +22,7 @@ setup(
     package_dir={f"llava_hd.{folder}": folder for folder in FOLDERS},
     package_data={
         "llava_hd.train": ["recipes/*.yaml"],
-        "llava_hd.model": ["nano/*/*"],
+        "llava_hd.model": ["shipped/*", "shipped/*/*"],
         "llava_hd.bench": ["templates/*"],
     },
     install_requires=[

@@ -136,7 +136,8 @@ def _print(report: dict[str, Any], out: Path, settings: DemoSettings, seconds: f
     difference = report["comparison"]["difference"]["mean"]["f1"]
     console.print(
         f"hd - base, mean F1: {difference['value']:+.4f} "
-        f"[{difference['low']:+.4f}, {difference['high']:+.4f}], p {show_p(difference['p'])}",
+        f"[{difference['low']:+.4f}, {difference['high']:+.4f}], "
+        f"p {show_p(difference['p']) or 'not given: too few scenes'}",
         highlight=False,
     )
     console.print(f"{seconds:.0f} s; report: {out / 'report.html'}", highlight=False)

@@ -30,7 +30,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 # Captions of the contrastive training are sets of words: ids 0..2 begin, end and pad a caption.
 CAPTION_BEGIN, CAPTION_END, CAPTION_PAD, CAPTION_FIRST_WORD = 0, 1, 2, 3
 
-SHIPPED = Path(__file__).parent / "nano"  # tower56/, tower84/, lm/
+SHIPPED = Path(__file__).parent / "shipped"  # tower56/, tower84/, lm/
 
 
 def new_clip(tile_px: int, num_words: int, max_words: int) -> CLIPModel:

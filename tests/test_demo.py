@@ -26,7 +26,8 @@ def test_a_small_demo_makes_everything_and_is_not_run_twice(
     for scores in report["models"].values():
         assert {"random", "popular", "adversarial", "mean"} <= set(scores)
         assert 0 <= scores["mean"]["f1"] <= 1
-    assert 0 < report["paired_p"]["mean_f1_bootstrap"] <= 1
+    assert report["paired_p"]["mean_f1_bootstrap"] is None  # four scenes are too few
+    assert 0 < report["paired_p"]["mcnemar_all"] <= 1
     for model in MODELS:
         assert f"{report['models'][model]['mean']['f1']:.4f}" in printed
         assert (out / model / "stage2" / "config.json").is_file()

@@ -16,7 +16,8 @@ from ..hd.errors import UsageError
 from ..hd.grid import HDConfig, get_preset
 
 SHIPPED = "shipped:"
-SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "model" / "nano"
+METRICS_FILE, BOARD_FOLDER = "metrics.jsonl", "runs"  # in output_dir
+SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "model" / "shipped"
 
 
 def setting(default: Any, help_text: str) -> Any:
@@ -114,16 +115,28 @@ class OptimizerConfig:
             raise UsageError(f"optimizer.warmup_ratio must lie in 0..1, not {self.warmup_ratio}")
 
 
+# Counts of ZeroConfig that may be 0: keep no tensor whole, fetch or keep nothing ahead.
+MAY_BE_ZERO = frozenset(
+    {
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+    }
+)
+
+
 @dataclass(frozen=True)
 class ZeroConfig:
     """DeepSpeed's ZeRO: what the ranks share out, and in which portions (counts of elements)."""
 
-    stage: Literal[1, 2, 3] = setting(2, "1: optimizer, 2: and gradients, 3: and weights")
+    # No stage 1: with bf16 and several passes DeepSpeed 0.19.8 gives it wrong gradients.
+    stage: Literal[2, 3] = setting(2, "2: optimizer and gradients, 3: and weights")
     offload_optimizer: Literal["none", "cpu"] = setting("none", "where optimizer states live")
     offload_param: Literal["none", "cpu"] = setting("none", "where idle weights live (stage 3)")
     overlap_comm: bool = setting(True, "communicate during the backward pass")
     reduce_bucket_size: int = setting(50_000_000, "gradients reduced at once")
-    allgather_bucket_size: int = setting(50_000_000, "weights gathered at once (stages 1, 2)")
+    allgather_bucket_size: int = setting(50_000_000, "weights gathered at once (stage 2)")
     sub_group_size: int = setting(1_000_000_000, "weights updated at once (stage 3)")
     stage3_prefetch_bucket_size: int = setting(50_000_000, "weights fetched ahead")
     stage3_param_persistence_threshold: int = setting(50_000, "smaller tensors stay whole")
@@ -131,8 +144,10 @@ class ZeroConfig:
     stage3_max_reuse_distance: int = setting(1_000_000_000, "kept if used again within these")
 
     def __post_init__(self) -> None:
-        for name in ("reduce_bucket_size", "allgather_bucket_size", "sub_group_size"):
-            _at_least(f"zero.{name}", getattr(self, name), 1)
+        for item in fields(self):
+            if item.type == "int":
+                least = 0 if item.name in MAY_BE_ZERO else 1
+                _at_least(f"zero.{item.name}", getattr(self, item.name), least)
         if self.offload_param == "cpu" and self.stage != 3:
             raise UsageError(
                 "zero.offload_param cpu needs zero.stage 3; below it weights are whole"
