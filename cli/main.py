@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import re
 import sys
 import traceback
 from importlib.metadata import version
 
-from ..hd.errors import LlavaHDError, UsageError
+from ..hd.errors import Interrupted, LlavaHDError, UsageError
 
 # Words of the command -> (module in cli/, what it does in one line).
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
@@ -34,20 +36,43 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit code (see the module's docstring)."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    words = _without_launchers_word([word for word in words if word != "--debug"])
     try:
-        return _dispatch(words)
+        return _dispatch(words, debug)
+    except Interrupted as stop:
+        print(f"llava-hd: interrupted; {stop}", file=sys.stderr)
+        return stop.exit_code
     except LlavaHDError as error:
         if debug:
             traceback.print_exc()
         print(f"llava-hd: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a folder without permission, a file that went away
+        if debug:
+            traceback.print_exc()
+        print(f"llava-hd: error: {_one_line(error)}", file=sys.stderr)
+        return LlavaHDError.exit_code
     except KeyboardInterrupt:
         print("llava-hd: interrupted; start the same command again to go on", file=sys.stderr)
-        return 75
+        return Interrupted.exit_code
 
 
-def _dispatch(words: list[str]) -> int:
+def _without_launchers_word(words: list[str]) -> list[str]:
+    """The words without `--local_rank=N`, which `deepspeed --no_python` puts in front of them; the
+    rank is in LOCAL_RANK as well."""
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if launched and words and re.fullmatch(r"--local[_-]rank=\d+", words[0]):
+        return words[1:]
+    return words
+
+
+def _one_line(error: OSError) -> str:
+    if error.filename is None or error.strerror is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
+
+
+def _dispatch(words: list[str], debug: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
@@ -59,7 +84,8 @@ def _dispatch(words: list[str]) -> int:
         if name in COMMANDS:
             module = importlib.import_module(f"llava_hd.cli.{COMMANDS[name][0]}")
             parser = module.build_parser(" ".join(name))
-            return module.run(parser.parse_args(words[length:]))
+            rest = [*(["--debug"] if debug else []), *words[length:]]
+            return module.run(parser.parse_args(rest))
     raise UsageError(_unknown_command(words))
 
 

@@ -15,10 +15,21 @@ from ..hd.errors import UsageError
 # jsonargparse's words for a value of the wrong type, and for one that fits no type of several.
 WRONG_TYPE = re.compile(r'Parser key "(?P<key>[^"]+)": Expected an? (?P<kind>.+?)\. Got value: ')
 NO_TYPE = re.compile(
-    r'Parser key "(?P<key>[^"]+)": Does not validate .*?Subtypes: \[(?P<kinds>.*?)\]'
+    r'Parser key "(?P<key>[^"]+)": Does not validate .*?Subtypes: \[(?P<kinds>.*)\] Errors:'
 )
-GIVEN = re.compile(r"(?:Given|Got) value: (?P<value>.*)$")
-KINDS = {"int": "a whole number", "float": "a number", "str": "text", "NoneType": "null"}
+# The value as it was given stands at the very end, behind what each type made of it.
+GIVEN = re.compile(r".*(?:Given|Got) value: (?P<value>.*)$")
+# A type, as jsonargparse shows it, in words. (Types inside a dict or tuple are not told apart.)
+KIND = re.compile(r"<class '(?P<name>\w+)'>|\b(?P<outer>dict|tuple)\[|Literal\[(?P<choice>.*?)\]")
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "dict": "a table as JSON, {...}",
+    "tuple": "a list, [...]",
+    "NoneType": "null",
+}
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -41,6 +52,9 @@ class Parser(jsonargparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.command = command
+        self.add_argument(
+            "--debug", action="store_true", help="a traceback of an error instead of one line"
+        )
 
     def parse_args(self, args: Sequence[str], **options: Any) -> jsonargparse.Namespace:
         """Parse the words behind the command."""
@@ -73,11 +87,17 @@ class Parser(jsonargparse.ArgumentParser):
         if found is None or given is None:
             return text
         parts = found.groupdict()
-        kinds = re.findall(r"<class '([\w.]+)'>", parts.get("kinds") or parts.get("kind") or "")
-        choices = re.findall(r"Literal\[(.*?)\]", parts.get("kinds") or parts.get("kind") or "")
-        wanted = [KINDS.get(kind, kind) for kind in kinds]
-        wanted += [f"one of {choice}" for choice in choices]
-        hint = self._near(given["value"], re.findall(r"[\w.]+", " ".join(choices)))
+        wanted, choices = [], []
+        for kind in KIND.finditer(parts.get("kinds") or parts.get("kind") or ""):
+            if kind["choice"]:
+                wanted.append(f"one of {kind['choice']}")
+                choices += re.findall(r"[\w.]+", kind["choice"])
+            else:
+                name = kind["name"] or kind["outer"]
+                wanted.append(KINDS.get(name, name))
+        if not wanted:
+            return text
+        hint = self._near(given["value"], choices)
         return f"--{found['key']} must be {' or '.join(wanted)}, not {given['value']!r}{hint}"
 
     def _unknown(self, word: str) -> str:

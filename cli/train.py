@@ -140,7 +140,9 @@ def run(args: Namespace) -> int:
     workers = check_num_processes(args.num_processes, os.environ)
     if args.dry_run:
         return _dry_run(config, max(1, workers))
-    return _train_in_workers(config, workers) if workers else _train_here(config)
+    if workers:
+        return _train_in_workers(config, workers, args.debug)
+    return _train_here(config)
 
 
 def _dry_run(config: TrainConfig, world_size: int) -> int:
@@ -157,7 +159,7 @@ def _dry_run(config: TrainConfig, world_size: int) -> int:
     return 0
 
 
-def _train_in_workers(config: TrainConfig, workers: int) -> int:
+def _train_in_workers(config: TrainConfig, workers: int, debug: bool) -> int:
     """Start one process per rank; faults that can be known before are told once, from here."""
     from ..train.prepare import prepare
 
@@ -165,7 +167,8 @@ def _train_in_workers(config: TrainConfig, workers: int) -> int:
     with TemporaryDirectory(prefix="llava-hd-") as folder:
         recipe = Path(folder) / "train_config.yaml"
         recipe.write_text(config_yaml(config), encoding="utf-8")
-        return run_workers(worker_command([config.stage, "--config", str(recipe)]), workers)
+        words = [config.stage, "--config", str(recipe), *(["--debug"] if debug else [])]
+        return run_workers(worker_command(words), workers)
 
 
 def _train_here(config: TrainConfig) -> int:
@@ -181,7 +184,7 @@ def _train_here(config: TrainConfig) -> int:
             return stop.exit_code
         except KeyboardInterrupt:
             if is_main:
-                raise
+                raise Interrupted(_how_to_go_on(config)) from None
             return Interrupted.exit_code
     if is_main:
         print(
@@ -189,6 +192,22 @@ def _train_here(config: TrainConfig) -> int:
             f"{result.seconds:.0f} s"
         )
     return 0
+
+
+def _how_to_go_on(config: TrainConfig) -> str:
+    """What to do after Ctrl-C, by what the run has left."""
+    from ..train.prepare import find_checkpoint, is_fresh
+
+    folder = Path(config.output_dir)
+    checkpoint = find_checkpoint(dataclasses.replace(config, resume="auto"))
+    if checkpoint is not None:
+        return f"go on from {checkpoint} with --resume auto"
+    if is_fresh(folder):
+        return "no step was logged; start the same command again"
+    return (
+        f"{folder} holds no checkpoint (save_steps is {config.save_steps}), so there is nothing to "
+        "go on from; remove it and start again"
+    )
 
 
 def _given(args: Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from llava_hd.train.checkpoint_state import (
     TrainerState,
     check_resumable,
     checkpoints,
+    data_digest,
     read_state,
     write_state,
 )
@@ -21,6 +22,7 @@ STATE = TrainerState(
     step=3,
     num_steps=10,
     num_samples=40,
+    data_digest="d1",
     samples_per_step=4,
     world_size=2,
     config={"seed": 1, "optimizer": {"lr": 0.1}, "output_dir": "a"},
@@ -74,6 +76,7 @@ def test_a_run_may_go_on_if_only_free_settings_differ(tmp_path):
         ({"config": {**STATE.config, "seed": 2}}, "another seed;"),
         ({"config": {"seed": 2, "optimizer": {"lr": 0.2}}}, r"optimizer.lr \(2 settings differ\)"),
         ({"world_size": 4}, "by 2 processes, this run has 4; start it with --num-processes 2"),
+        ({"data_digest": "d2"}, "with other contents of data.path"),
         ({"num_samples": 41}, "with 40 records, data.path has 41 now"),
     ],
 )
@@ -81,3 +84,16 @@ def test_what_differs_from_the_checkpoint_is_named(tmp_path, changes, message):
     folder = checkpoint(tmp_path, "checkpoint-3")
     with pytest.raises(UsageError, match=message):
         check_resumable(folder, replace(STATE, step=0, **changes))
+
+
+def test_the_digest_is_of_the_bytes_of_all_files_in_order(tmp_path):
+    one, two, both = (tmp_path / name for name in "123")
+    for path, content in ((one, b"a"), (two, b"b"), (both, b"ab")):
+        path.write_bytes(content)
+    lists = ([one], [two], [both], [one, two], [two, one])
+    digests = {data_digest(paths) for paths in lists}
+    one.write_bytes(b"c")
+    assert len(digests | {data_digest([one, two])}) == 6
+    two.write_bytes(b"b")
+    one.write_bytes(b"a")
+    assert data_digest([one, two]) in digests

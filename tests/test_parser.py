@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -19,6 +19,10 @@ def parser() -> Parser:
     parser.add_argument("--oven.degrees", type=float | None)
     parser.add_argument("--mode", type=Literal["boil", "bake"], default="boil")
     parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--most", type=int | None)
+    parser.add_argument("--spices", type=dict[str, Any] | None)
+    parser.add_argument("--range", type=tuple[float, float])
+    parser.add_argument("--lid", type=bool)
     return parser
 
 
@@ -31,6 +35,10 @@ def parser() -> Parser:
         (["--zzz"], "--zzz is not an option; see llava-hd cook --help"),
         (["--count", "many"], "--count must be a whole number, not 'many'"),
         (["--oven.degrees", "hot"], "--oven.degrees must be a number or null, not 'hot'"),
+        (["--most", "1e2"], "--most must be a whole number or null, not '1e2'"),
+        (["--spices", "hot"], "--spices must be a table as JSON, {...} or null, not 'hot'"),
+        (["--range", "0.9"], "--range must be a list, [...], not '0.9'"),
+        (["--lid", "maybe"], "--lid must be true or false, not 'maybe'"),
         (["--mode", "bale"], "--mode must be one of 'boil', 'bake', not 'bale'; did you mean"),
         (["--count"], "argument --count: expected one argument"),
     ],

@@ -131,7 +131,15 @@ FAULTS = {
     "an empty image": (changed(image=""), "image '' is empty", "below the image folder"),
     "an absolute path": (changed(image="/etc/passwd"), "is an absolute path", "below"),
     "a path upwards": (changed(image="x/../../y.jpg"), "leaves the image folder", "below"),
-    "a wrong id": (changed(id=[1]), "id is a list", "text or a number"),
+    "a wrong id": (changed(id=[1]), "id is a list", "text or a whole number"),
+    "a fraction as id": (changed(id=1.5), "id is a fraction", "text or a whole number"),
+    "a folder as image": (changed(image="."), "image '.' names no file", "below the image folder"),
+    "half a character in a name": (changed(image="a\ud800.jpg"), "half of a character", "below"),
+    "half a character in a turn": (
+        changed(conversations=turns(QUESTION, ("gpt", "a \ud83d cup"))),
+        "conversations[1].value holds half of a character",
+        "write the whole one",
+    ),
 }
 
 
@@ -166,6 +174,9 @@ def test_the_first_fault_is_shown_and_all_are_counted(tmp_path):
         ("[]", "holds no record", "at least one"),
         ("", "holds no record", "at least one"),
         ("[" * 100_000, "line 1", "nested too deeply"),
+        ('[{"id": ' + "1" * 5000 + "}]", "line 1", "thousands of digits"),
+        ('{"id": ' + "1" * 5000 + "}", "line 1", "thousands of digits"),
+        ('{\n"id": ' + "1" * 5000 + "}", "line 1", "ends too early"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_place(tmp_path, content, place, reason):
@@ -197,6 +208,12 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
         check_images(records_with(tmp_path, "x/1.jpg", "x/2.jpg", "y/3.jpg"), root)
     with pytest.raises(UsageError, match=r"data\.images"):
         check_images([], tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/a.jpg", "a/" * 3000 + "a.jpg"])
+def test_a_name_too_long_for_the_system_is_a_missing_image(tmp_path, name):
+    with pytest.raises(DataError, match="File name too long"):
+        check_images(records_with(tmp_path, name), tmp_path)
 
 
 def test_a_link_may_stay_below_the_root_but_not_leave_it(tmp_path):

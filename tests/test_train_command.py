@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,13 @@ from train_data import tiny_config, write_data
 from llava_hd.cli.main import main
 from llava_hd.cli.train import ALIASES, SWITCHES, build_parser
 from llava_hd.cli.train_progress import TrainProgress
+from llava_hd.hd.errors import UsageError
+from llava_hd.train.checkpoint_state import write_state
 from llava_hd.train.config import TrainConfig, leaves
 from llava_hd.train.launch import check_num_processes, exit_code, run_workers, worker_environment
 from llava_hd.train.metrics import StepMetrics, read_metrics, running_mean
-from llava_hd.train.recipe import config_yaml
+from llava_hd.train.prepare import is_fresh, prepare
+from llava_hd.train.recipe import config_yaml, load_config
 
 COMMAND = [sys.executable, "-m", "llava_hd.cli.main"]
 
@@ -60,6 +64,8 @@ def fails(words: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> st
         (["--global_batch_size", "3"], 2, "global_batch_size 3 is not per_device_batch_size 2"),
         (["--num-processes", "0"], 2, "--num-processes must be 1 or more"),
         (["--resume", "nowhere"], 2, "nowhere is not a checkpoint"),
+        (["--model.attention", "eagr"], 2, "attention 'eagr' is unknown; did you mean 'eager'?"),
+        (["--zero.sub_group_size", "-1", "--dry-run"], 2, "zero.sub_group_size must be 1 or more"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_writes_nothing(recipe, capsys, words, code, message):
@@ -101,6 +107,103 @@ def test_a_folder_with_something_in_it_is_left_alone(recipe, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+def test_an_output_folder_below_a_file_is_refused(recipe, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    words = ["pretrain", "--config", str(recipe), "--output_dir", str(tmp_path / "file/a/b")]
+    assert f"output_dir {tmp_path / 'file'} (in " in fails(words, 2, capsys)
+
+
+def test_an_error_of_the_system_is_one_line_with_the_path(recipe, tmp_path, capsys):
+    words = ["pretrain", "--config", str(recipe), "--output_dir", str(tmp_path / ("x" * 300))]
+    assert "xxx: File name too long" in fails(words, 1, capsys)
+    assert main([*words, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bad_first_step_leaves_nothing_and_the_same_command_works_once_it_is_mended(
+    recipe, tmp_path, capsys
+):
+    images = {path: path.read_bytes() for path in (tmp_path / "d/images").iterdir()}
+    for path in images:
+        path.write_bytes(b"no image")
+    words = ["pretrain", "--config", str(recipe), "--max_steps", "1"]
+    assert main(words) == 3
+    assert not (tmp_path / "out").exists()
+    for path, content in images.items():
+        path.write_bytes(content)
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("foreign", [None, "thesis.txt", "runs/mine.txt", "checkpoint-1/x"])
+def test_only_what_a_run_without_a_step_left_counts_as_fresh(tmp_path, foreign):
+    (tmp_path / "runs").mkdir()
+    for name in ("train_config.yaml", "metrics.jsonl", "runs/events.out.tfevents.1"):
+        (tmp_path / name).touch()
+    assert is_fresh(tmp_path) and is_fresh(tmp_path / "new")
+    if foreign is None:
+        (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    else:
+        (tmp_path / foreign).parent.mkdir(exist_ok=True)
+        (tmp_path / foreign).touch()
+    assert not is_fresh(tmp_path)
+
+
+def test_a_finished_run_cannot_be_gone_on_from_in_another_folder(recipe, tmp_path, capsys):
+    config = load_config(recipe, "pretrain")
+    state = prepare(config, 1).state
+    (tmp_path / "done").mkdir()
+    write_state(tmp_path / "done", replace(state, step=state.num_steps))
+    words = ["pretrain", "--config", str(recipe), "--resume", str(tmp_path / "done")]
+    assert "done: that run is finished" in fails(words, 2, capsys)
+    assert main([*words, "--output_dir", str(tmp_path / "done"), "--dry-run"]) == 2
+    (tmp_path / "done/train_config.yaml").touch()
+    assert main([*words, "--output_dir", str(tmp_path / "done"), "--dry-run"]) == 0
+
+
+def test_the_word_of_the_deepspeed_launcher_is_dropped(monkeypatch, capsys):
+    words = ["--local_rank=0", "pretrain", "--config", "nano-hd", "--print-config"]
+    assert "'--local_rank=0' is not a command" in fails(words, 2, capsys)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(words) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["stage"] == "pretrain"
+
+
+def test_debug_reaches_the_workers(recipe, monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        "llava_hd.cli.train.run_workers", lambda command, workers: commands.append(command) or 0
+    )
+    words = ["pretrain", "--config", str(recipe), "--num-processes", "2"]
+    assert main(words) == main(["--debug", *words]) == 0
+    assert ["--debug" in command for command in commands] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("left", "advice"),
+    [
+        ((), "no step was logged; start the same command again"),
+        (("train_config.yaml", "metrics.jsonl"), "holds no checkpoint (save_steps is 0)"),
+        (("metrics.jsonl", "checkpoint-2", "checkpoint-10"), "checkpoint-10 with --resume auto"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(recipe, tmp_path, monkeypatch, capsys, left, advice):
+    def interrupted(*args: object) -> None:
+        for name in left:
+            path = tmp_path / "out" / name
+            if name.startswith("checkpoint"):
+                path.mkdir(parents=True)
+                path = path / "trainer_state.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("{}\n", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava_hd.train.run.train", interrupted)
+    assert main(["pretrain", "--config", str(recipe)]) == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("llava-hd: interrupted; ") and advice in line
+
+
 def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, tmp_path, capsys):
     words = ["pretrain", "--config", str(recipe), "--dry-run", "--num-processes", "2"]
     assert main(words) == 0
@@ -131,7 +234,7 @@ def test_the_flags_are_the_settings_and_their_aliases_and_no_others():
     names = {name for name, _ in leaves(TrainConfig)} - {"stage"}
     assert set(ALIASES) <= names
     flags = names | {alias for aliases in ALIASES.values() for alias in aliases} | set(SWITCHES)
-    own = {"help", "config", "num-processes", "dry-run", "print-config", "stage"}
+    own = {"help", "debug", "config", "num-processes", "dry-run", "print-config", "stage"}
     for command in ("pretrain", "finetune"):
         found = {option.removeprefix("--") for option in build_parser(command).long_options}
         assert found == flags | own
@@ -180,6 +283,7 @@ def test_ctrl_c_stops_all_workers_and_says_that_the_run_can_go_on(recipe, tmp_pa
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 75, errors
     assert errors.count("interrupted") == 1 and "Traceback" not in errors
+    assert "out holds no checkpoint (save_steps is 0)" in errors
     assert len(read_metrics(tmp_path / "out")) >= 1
 
 
@@ -240,12 +344,15 @@ def test_the_most_telling_exit_code_is_given():
 
 
 def test_a_launcher_is_joined_and_its_world_must_fit():
-    launched = {"RANK": "0", "WORLD_SIZE": "4"}
+    launched = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
     assert check_num_processes(None, launched) == check_num_processes(4, launched) == 0
     assert check_num_processes(None, {}) == check_num_processes(1, {}) == 0
     assert check_num_processes(2, {}) == 2
     with pytest.raises(Exception, match="inside a launcher with WORLD_SIZE 4"):
         check_num_processes(2, launched)
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        with pytest.raises(UsageError, match=f"RANK is set but {name} is not"):
+            check_num_processes(None, {k: v for k, v in launched.items() if k != name})
 
 
 def test_workers_share_the_cores_unless_told_otherwise(monkeypatch):

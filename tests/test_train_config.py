@@ -118,6 +118,9 @@ def test_a_recipe_is_found_by_its_name_with_or_without_the_stage_or_by_its_path(
         find_recipe(str(tmp_path / "mine.yaml"), "finetune")
     with pytest.raises(UsageError, match="recipe for finetune; llava-hd finetune"):
         load_config("vicuna-7b-hd448-finetune", "pretrain")
+    (tmp_path / "mine.yaml").write_text("stage: pretrian", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"mine\.yaml: stage 'pretrian' .* mean 'pretrain'\?"):
+        load_config(tmp_path / "mine.yaml", "pretrain")
 
 
 @pytest.mark.parametrize("text", ["a: [", "3", "", "- a"])
@@ -152,7 +155,19 @@ def test_the_resolved_configuration_rebuilds_the_run(name):
         ({"max_steps": 1.5}, "max_steps must be a whole number, not 1.5"),
         ({"deterministic": "yes"}, "deterministic must be true or false, not 'yes'"),
         ({"precision": "fp61"}, "precision 'fp61' is unknown; there is fp32, bf16"),
-        ({"zero": {"stage": 4}}, "zero.stage 4 is unknown; there is 1, 2, 3"),
+        ({"zero": {"stage": 4}}, "zero.stage 4 is unknown; there is 2, 3"),
+        ({"zero": {"stage": 1}}, "zero.stage 1 is unknown; there is 2, 3"),
+        ({"zero": {"reduce_bucket_size": 0}}, "zero.reduce_bucket_size must be 1 or more, not 0"),
+        (
+            {"zero": {"stage3_prefetch_bucket_size": -1}},
+            "zero.stage3_prefetch_bucket_size must be 0 or more",
+        ),
+        ({"zero": {"stage3_max_live_parameters": -1}}, "zero.stage3_max_live_parameters must be"),
+        ({"zero": {"stage3_max_reuse_distance": -1}}, "zero.stage3_max_reuse_distance must be"),
+        (
+            {"zero": {"stage3_param_persistence_threshold": -1}},
+            "zero.stage3_param_persistence_threshold must be",
+        ),
         ({"zero": 3}, "zero must be a table of settings"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas must be a list of 2 values"),
         ({"optimizer": {"lr": 0}}, "optimizer.lr must be above 0"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,18 @@ from ..hd.errors import DataError, UsageError
 from .recipe import changed_settings
 
 STATE_FILE = "trainer_state.json"
+BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class TrainerState:
     """Where a run stands. `step` steps are done; with the configuration it says all about data
-    order and learning rate."""
+    order and learning rate. data_digest: `data_digest` of the data files."""
 
     step: int
     num_steps: int
     num_samples: int
+    data_digest: str
     samples_per_step: int
     world_size: int
     config: dict[str, Any]
@@ -65,6 +69,18 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def data_digest(paths: Sequence[str | Path]) -> str:
+    """SHA-256 over that of each data file, in order: two files are not one of the same bytes."""
+    whole = hashlib.sha256()
+    for path in paths:
+        one = hashlib.sha256()
+        with Path(path).open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                one.update(block)
+        whole.update(one.digest())
+    return whole.hexdigest()
+
+
 def check_resumable(folder: Path, fresh: TrainerState) -> TrainerState:
     """The state of a checkpoint that the run beginning at `fresh` may go on from.
 
@@ -87,5 +103,10 @@ def check_resumable(folder: Path, fresh: TrainerState) -> TrainerState:
         raise UsageError(
             f"{folder} was written with {state.num_samples} records, data.path has "
             f"{fresh.num_samples} now; resume with the same data, or take a new output_dir"
+        )
+    if state.data_digest != fresh.data_digest:
+        raise UsageError(
+            f"{folder} was written with other contents of data.path (as many records); resume with "
+            "the same data, or take a new output_dir"
         )
     return state

@@ -22,19 +22,21 @@ POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LAUNCHERS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets beside RANK
 GRACE_SECONDS = 10.0  # between asking a worker to stop and killing it
-
-
-def is_worker(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher has started this process as one rank of several."""
-    return "RANK" in environment and "WORLD_SIZE" in environment
 
 
 def check_num_processes(num_processes: int | None, environment: Mapping[str, str]) -> int:
     """How many workers to start here; 0 when this process is the run, or one of its ranks."""
     if num_processes is not None and num_processes < 1:
         raise UsageError(f"--num-processes must be 1 or more, not {num_processes}")
-    if is_worker(environment):
+    if "RANK" in environment:
+        missing = [name for name in LAUNCHERS if name not in environment]
+        if missing:
+            raise UsageError(
+                f"RANK is set but {missing[0]} is not, so the other ranks cannot be found; start "
+                "with torchrun, or unset RANK"
+            )
         world = environment["WORLD_SIZE"]
         if num_processes is not None and str(num_processes) != world:
             raise UsageError(

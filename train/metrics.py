@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-METRICS_FILE = "metrics.jsonl"
+from .config import BOARD_FOLDER, METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class MetricsWriter:
         text = "".join(json.dumps(line) + "\n" for line in kept)
         self.path.write_text(text, encoding="utf-8")
         self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(output_dir / "runs"), purge_step=first_step + 1)
+        self.board = SummaryWriter(str(output_dir / BOARD_FOLDER), purge_step=first_step + 1)
 
     def write(self, metrics: StepMetrics) -> None:
         """Log one step."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..hd.errors import UsageError
+from ..model.attention import implementation
 from ..model.config import LlavaHDConfig, read_config_json
 from ..model.prompt import get_template
 from .batches import BatchOrder, order_of
@@ -15,9 +16,10 @@ from .checkpoint_state import (
     TrainerState,
     check_resumable,
     checkpoints,
+    data_digest,
     read_state,
 )
-from .config import ModelSource, TrainConfig, part_folder
+from .config import BOARD_FOLDER, METRICS_FILE, ModelSource, TrainConfig, part_folder
 from .recipe import config_values
 from .records import Record, check_images, read_records
 
@@ -59,18 +61,25 @@ def prepare(config: TrainConfig, world_size: int) -> Job:
         step=0,
         num_steps=config.max_steps or order.num_steps(config.epochs),
         num_samples=len(records),
+        data_digest=data_digest(config.data.paths),
         samples_per_step=samples_per_step,
         world_size=world_size,
         config=config_values(config),
     )
     checkpoint = find_checkpoint(config)
     state = fresh if checkpoint is None else check_resumable(checkpoint, fresh)
+    if state.is_finished and not _is_same(checkpoint, config.output_dir):
+        raise UsageError(
+            f"resume {checkpoint}: that run is finished, nothing of it is left to do; give one of "
+            "its checkpoints, or train on from it with model.path"
+        )
     return Job(config, records, num_images, order, state, checkpoint)
 
 
 def check_model_source(source: ModelSource) -> None:
     """Make sure that the folders hold models, and that tower and geometry fit each other."""
     get_template(source.template)
+    implementation(source.attention)
     kinds = {}
     for field in ("path", "vision", "language", "projector_from"):
         folder = getattr(source, field)
@@ -97,9 +106,11 @@ def check_model_source(source: ModelSource) -> None:
 def _check_output_dir(config: TrainConfig) -> None:
     """A run begins in an empty folder, or goes on in its own."""
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir {folder} is a file; give a new folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        of = "" if nearest == folder else f" (in {folder})"
+        raise UsageError(f"output_dir {nearest}{of} is a file; give a new folder")
+    if is_fresh(folder):
         return
     if config.resume == "none":
         raise UsageError(
@@ -109,6 +120,23 @@ def _check_output_dir(config: TrainConfig) -> None:
         raise UsageError(
             f"output_dir {folder} is not empty and holds no run ({CONFIG_FILE}); give a new folder"
         )
+
+
+def is_fresh(folder: Path) -> bool:
+    """Whether a folder is not there, empty, or left by a run that has not logged a step."""
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not found:
+        return True
+    if CONFIG_FILE not in found or not found <= {CONFIG_FILE, METRICS_FILE, BOARD_FOLDER}:
+        return False
+    metrics, board = folder / METRICS_FILE, folder / BOARD_FOLDER
+    if metrics.exists() and metrics.stat().st_size:
+        return False
+    return all(path.name.startswith("events.out.tfevents.") for path in board.glob("*"))
+
+
+def _is_same(checkpoint: Path | None, output_dir: str) -> bool:
+    return checkpoint is not None and checkpoint.resolve() == Path(output_dir).resolve()
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:

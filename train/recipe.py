@@ -20,6 +20,7 @@ REPLACES = {
     "model.hd": ("preset",),
     "model.path": ("vision", "language", "projector_from", "preset", "hd"),
 }
+STAGES = get_args(get_type_hints(TrainConfig)["stage"])
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
@@ -78,7 +79,12 @@ def load_config(
     """The `TrainConfig` of a recipe (shipped name or file) with dotted settings replaced."""
     path = find_recipe(str(source), stage)
     values = with_values(read_recipe(path), flags or {})
-    if values.setdefault("stage", stage) != stage:
+    if values.setdefault("stage", stage) not in STAGES:
+        raise UsageError(
+            f"{path.name}: stage {values['stage']!r} is unknown; "
+            f"{suggest(str(values['stage']), list(STAGES))}"
+        )
+    if values["stage"] != stage:
         raise UsageError(f"{path} is a recipe for {values['stage']}; llava-hd {values['stage']}")
     return config_from(values, path.name)
 

@@ -130,6 +130,10 @@ def _parse(path: Path, text: str, line: int, whole: str = "") -> Any:
         place = f"line {line + error.lineno - 1}, column {error.colno}"
         reason = _not_json(error, text, whole if line == 1 else "")
         raise DataError(f"{path}: {place}: {reason}") from error
+    except ValueError:  # Python reads no whole number of more than 4300 digits
+        raise DataError(
+            f"{path}: line {line}: a number has thousands of digits; write it as text"
+        ) from None
     except RecursionError:
         raise DataError(f"{path}: line {line}: nested too deeply; this is no LLaVA data") from None
 
@@ -151,7 +155,7 @@ def _not_json(error: json.JSONDecodeError, text: str, whole: str) -> str:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -167,7 +171,8 @@ def _record(value: Any, file: str, index: int) -> Record:
         raise _Fault(f"conversations is missing; {_near('conversations', value)}")
     identity = value.get("id")
     if not isinstance(identity, (str, int, type(None))) or isinstance(identity, bool):
-        raise _Fault(f"id is {_kind(identity)}; give text or a number")
+        kind = "a fraction" if isinstance(identity, float) else _kind(identity)
+        raise _Fault(f"id is {kind}; give text or a whole number")
     images = _images(value.get("image"))
     turns = _turns(value["conversations"])
     tags = sum(turn.text.count(IMAGE_TAG) for turn in turns if turn.role == "human")
@@ -206,15 +211,28 @@ def _images(value: Any) -> tuple[str, ...]:
 
 def path_fault(name: str) -> str | None:
     """Why an image name is refused by its text alone; None when it is a plain relative path."""
-    if not name.strip() or not PurePosixPath(name).name:
+    if not name.strip():
         return "is empty"
+    if not PurePosixPath(name).name:
+        return "names no file"
     if "\0" in name:
         return "holds a NUL character"
+    if _has_lone_surrogate(name):
+        return "holds half of a character (a lone surrogate)"
     if name.startswith(("/", "\\")) or name[1:2] == ":":
         return "is an absolute path"
     if ".." in name.replace("\\", "/").split("/"):
         return "leaves the image folder by '..'"
     return None
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    """JSON may hold half of a UTF-16 pair (`"\\ud800"`), which no file name or tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _turns(value: Any) -> tuple[Turn, ...]:
@@ -249,6 +267,10 @@ def _turn(number: int, value: Any) -> Turn:
     if not text.strip():
         who = "question" if role == "human" else "answer"
         raise _Fault(f"{field}.value is an empty {who}; write it or drop the record")
+    if _has_lone_surrogate(text):
+        raise _Fault(
+            f"{field}.value holds half of a character (a lone surrogate); write the whole one"
+        )
     return Turn(role, text)
 
 
@@ -290,13 +312,17 @@ def check_images(records: Sequence[Record], root: str | Path) -> int:
 
 
 def _listing(root: Path, folder: str) -> dict[str, bool]:
-    """Names in a folder, each with whether it is a regular file of its own (and no link)."""
+    """Names in a folder, each with whether it is a regular file of its own (and no link); none
+    where it cannot be listed, and `image_path` says why."""
     top = os.path.realpath(root)
     path = os.path.realpath(Path(root) / folder)
-    if os.path.commonpath([top, path]) != top or not Path(path).is_dir():
+    if os.path.commonpath([top, path]) != top:
         return {}
-    with os.scandir(path) as entries:
-        return {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    try:
+        with os.scandir(path) as entries:
+            return {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    except OSError:
+        return {}
 
 
 def image_path(root: str | Path, name: str) -> Path:

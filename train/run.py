@@ -156,14 +156,16 @@ def _loop(
     listener: Listener,
 ) -> None:
     config, first, num_steps = job.config, job.state.step, job.state.num_steps
-    passes = _passes(job, processor, world)
+    passes, accumulation = _passes(job, processor, world), config.accumulation(world.size)
+    # Before anything is written: a fault in the first step leaves no folder behind.
+    ready = [_next_step(passes, accumulation, world)]
     writer = _open_output(job) if world.is_main else None
     barrier()
     listener.start(first, num_steps)
 
     for step in range(first, num_steps):
         began = time.monotonic()
-        batches, totals = _next_step(passes, config.accumulation(world.size), world)
+        batches, totals = ready.pop() if ready else _next_step(passes, accumulation, world)
         # Random numbers, if a model uses any, depend on the step alone: a resumed run has the same.
         torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + world.rank)
         lr = rates.set(step, num_steps)
