@@ -34,7 +34,7 @@ PAIRS = 12  # at most so many questions in one instruction
 
 # Smaller objects than in the towers' training (16 to 56 px): 14 px are 5 px in the base model's
 # view and 7 px in the HD model's tiles.
-STYLE = SceneStyle(min_side_px=14.0, max_side_px=28.0)
+STYLE = SceneStyle(min_side_px=14.0, max_side_px=36.0)
 
 Progress = Callable[[int, int], None]
 
