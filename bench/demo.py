@@ -236,7 +236,11 @@ def _job_section(
         for name, steps in seconds.items()
     ]
     table = Table(["model", "stage 1", "stage 2", "POPE"], rows, "Time, both models side by side.")
-    note = Note("A nano model on drawn scenes shows the mechanism, not the size of the real gain.")
+    note = Note(
+        "One training run of each model on drawn scenes. The intervals and p values below cover the "
+        "choice of the questions, not of the run: with another seed the order can change.",
+        "warning",
+    )
     return Section("The job", intro, [Facts(facts), table, note])
 
 

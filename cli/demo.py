@@ -140,4 +140,5 @@ def _print(report: dict[str, Any], out: Path, settings: DemoSettings, seconds: f
         f"p {show_p(difference['p']) or 'not given: too few scenes'}",
         highlight=False,
     )
+    console.print("One run each: the interval covers the questions, another seed may differ.")
     console.print(f"{seconds:.0f} s; report: {out / 'report.html'}", highlight=False)
