@@ -237,7 +237,7 @@ def _job_section(
     ]
     table = Table(["model", "stage 1", "stage 2", "POPE"], rows, "Time, both models side by side.")
     note = Note(
-        "One training run of each model on drawn scenes. The intervals and p values below cover the "
+        "One training run of each model on drawn scenes. Intervals and p values below cover the "
         "choice of the questions, not of the run: with another seed the order can change.",
         "warning",
     )
