@@ -122,14 +122,7 @@ def _answered(question: Question, answer: Answer) -> Answered:
                 f"{answer.where}: {name} is {theirs!r}, but {question.where} has {ours!r} for "
                 f"question_id {question.question_id}; give the question files of these answers"
             )
-    return Answered(
-        split=question.split,
-        question_id=question.question_id,
-        image=question.image,
-        question=bare_question(question.text),
-        label=question.label,
-        text=answer.text,
-    )
+    return with_answer(question, answer.text)
 
 
 Side = tuple[str, str, Sequence[Any], int]  # what, what they lack, the left-over ones, of how many
@@ -209,4 +202,18 @@ def _complete(answer: Answer) -> Answered:
         question=bare_question(answer.question or ""),
         label=answer.label or "",
         text=answer.text,
+    )
+
+
+def with_answer(question: Question, text: str) -> Answered:
+    """A labelled question with its answer. Raises ValueError without a label."""
+    if question.label is None:
+        raise ValueError(f"{question.where} has no label")
+    return Answered(
+        split=question.split,
+        question_id=question.question_id,
+        image=question.image,
+        question=bare_question(question.text),
+        label=question.label,
+        text=text,
     )

@@ -29,7 +29,7 @@ from .pope_data import (
     read_answers,
     say_id,
 )
-from .pope_join import bare_question, join
+from .pope_join import bare_question, join, with_answer
 
 AnswerBatch = Callable[[list[Path], list[str]], list[str]]  # images, questions -> answers
 RUN, SCORES = "run.json", "scores.json"
@@ -261,7 +261,7 @@ def evaluate(
             batch = waiting[start : start + record.batch_size]
             texts = _ask(answer, batch, images, record.prompt)
             lines = [
-                json.dumps(asdict(_answered(question, text)), ensure_ascii=False) + "\n"
+                json.dumps(asdict(with_answer(question, text)), ensure_ascii=False) + "\n"
                 for question, text in zip(batch, texts, strict=True)
             ]
             file.write("".join(lines).encode())
@@ -292,16 +292,3 @@ def _ask(
     if len(texts) != len(batch):
         raise ValueError(f"{len(texts)} answers for {len(batch)} questions")
     return texts
-
-
-def _answered(question: Question, text: str) -> Answered:
-    if question.label is None:
-        raise ValueError(f"{question.where} has no label")
-    return Answered(
-        split=question.split,
-        question_id=question.question_id,
-        image=question.image,
-        question=bare_question(question.text),
-        label=question.label,
-        text=text,
-    )
