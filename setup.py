@@ -8,6 +8,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+# PyTorch's CUDA builds bring it, its CPU builds do not; only kernels/ asks for it, where it is used.
+TRITON = 'triton>=3.6; platform_system == "Linux"'
 FOLDERS = ["hd", "kernels", "model", "train", "bench", "cli"]
 
 setup(
@@ -21,6 +23,7 @@ setup(
     packages=[f"llava_hd.{folder}" for folder in FOLDERS],
     package_dir={f"llava_hd.{folder}": folder for folder in FOLDERS},
     package_data={
+        "llava_hd.kernels": ["blocks/*.json"],
         "llava_hd.train": ["recipes/*.yaml"],
         "llava_hd.model": ["shipped/*", "shipped/*/*"],
         "llava_hd.bench": ["templates/*"],
@@ -45,7 +48,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "gpu": ["triton>=3.6", "liger-kernel", "xformers", "flash-attn"],
+        "gpu": [TRITON, "liger-kernel", "xformers", "flash-attn"],
         "web": ["gradio"],
         "eval": ["lmms-eval"],
         "dev": [
@@ -55,6 +58,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            TRITON,
             "types-PyYAML",
         ],
     },

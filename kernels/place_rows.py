@@ -6,17 +6,24 @@
 
     text [T H]   rows [R H]   row_end [H]   source [T] int   ->   out [T H]
 
-Backward: each input row receives the gradient of the places it went to; `row_end` receives the
-sum over its places. An input that went nowhere receives zeros, not None: that is what keeps ranks
-of a distributed run in step when one of them has only text (the dummy tile of model/packing.py).
+Backward: each input row receives the sum of the gradients of the places it went to, added in fp32
+in the order of the places; `row_end` receives the sum over its places, in a fixed order too. An
+input that went nowhere receives zeros, not None: that is what keeps ranks of a distributed run in
+step when one of them has only text (the dummy tile of model/packing.py).
 
-Bytes: reads R·H (rows) and the text places, writes T·H.
+Bytes: reads R·H (rows) and the text places, writes T·H; backward reads T·H once for the rows and
+row-ends, and once more, writing T·H, where the text embeddings train.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backend import Table, choose
 
 TEXT = -1
 ROW_END = -2
@@ -35,6 +42,13 @@ def place_rows_reference(
         else:
             out.append(rows[number])
     return torch.stack(out) if out else text
+
+
+def place_rows_torch(text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tensor) -> Tensor:
+    """Plain torch: one table of rows, one gather, under autograd."""
+    table = rows if row_end is None else torch.cat([rows, row_end[None]])
+    index = torch.where(source == ROW_END, rows.shape[0], source).clamp(min=0)
+    return torch.where((source == TEXT)[:, None], text, table.to(text.dtype)[index])
 
 
 def place_rows(text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tensor) -> Tensor:
@@ -57,6 +71,69 @@ def place_rows(text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tenso
             f"place_rows: text {tuple(text.shape)}, rows {tuple(rows.shape)}, source "
             f"{tuple(source.shape)}; need text [T H], rows [R H], source [T]"
         )
-    table = rows if row_end is None else torch.cat([rows, row_end[None]])
-    index = torch.where(source == ROW_END, rows.shape[0], source).clamp(min=0)
-    return torch.where((source == TEXT)[:, None], text, table.to(text.dtype)[index])
+    table = choose("place_rows", text.device, text.dtype, text.shape[0]).table
+    if table is None:
+        return place_rows_torch(text, rows, row_end, source)
+    return place_rows_triton(text, rows, row_end, source, table=table)
+
+
+def place_rows_triton(
+    text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tensor, *, table: Table
+) -> Tensor:
+    """Our autograd function, one pass each way; at least one token and one row."""
+    with torch.cuda.device_of(text):
+        out = _PlaceRows.apply(text, rows, row_end, source, table)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class Places:
+    """Where each row went: the places sorted by what stands there, row-ends first, then text, then
+    row 0, row 1, ... in the order of the sequence.
+
+    order: int64 `[T]`. starts: int64 `[R + 3]`; row-ends are `order[starts[0]:starts[1]]`, row r's
+    places `order[starts[r + 2]:starts[r + 3]]`.
+    """
+
+    def __init__(self, source: Tensor, num_rows: int) -> None:
+        ordered, self.order = torch.sort(source, stable=True)
+        firsts = torch.arange(ROW_END, num_rows + 1, device=source.device)
+        self.starts = torch.searchsorted(ordered, firsts)
+
+
+class _PlaceRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        text: Tensor,
+        rows: Tensor,
+        row_end: Tensor | None,
+        source: Tensor,
+        table: Table,
+    ) -> Tensor:
+        from .place_kernels import place  # Triton is imported only where it runs
+
+        ctx.save_for_backward(source)
+        ctx.table, ctx.shape, ctx.types = table, rows.shape, (text.dtype, rows.dtype)
+        ctx.end_type = None if row_end is None else row_end.dtype
+        return place(text, rows, row_end, source, table.blocks("place"))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        from .place_kernels import row_end_grad, rows_grad
+
+        (source,) = ctx.saved_tensors
+        need_text, need_rows, need_end = ctx.needs_input_grad[:3]
+        dtext = drows = dend = None
+        if need_text:
+            dtext = torch.where((source == TEXT)[:, None], dout, 0).to(ctx.types[0])
+        if need_rows or need_end:
+            places = Places(source, ctx.shape[0])
+        if need_rows:
+            drows = dout.new_empty(ctx.shape, dtype=ctx.types[1])
+            rows_grad(dout, places.order, places.starts, drows, ctx.table.blocks("place"))
+        if need_end:
+            blocks = ctx.table.blocks("place_grad")
+            dend = row_end_grad(dout, places.order, places.starts, blocks).to(ctx.end_type)
+        return dtext, drows, dend, None, None

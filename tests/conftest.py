@@ -13,6 +13,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # `import tiny` under --import-mode=importlib
 
 
+# Triton decides at import whether its kernels are interpreted, so those tests run in a process of
+# their own: `make test` starts it second, with TRITON_INTERPRET=1 and nothing else collected.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Interpreted tests with the interpreter, all others without it."""
+    name = collection_path.name
+    if name.startswith("test_") and name.endswith("_interpreted.py") != INTERPRETED:
+        return True
+    return None
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny `vision` and `language` part."""

@@ -1,0 +1,205 @@
+"""The kernels compiled for a chip that is not there, and what the machine code looks like.
+
+Triton needs no GPU to compile: given argument types and a target it returns the code of every stage
+down to the cubin, and its own `cuobjdump` reads registers, spills and instructions out of that.
+What it cannot show: speed, races, wrong values. Not with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import place_kernels, products
+from .backend import Blocks, Table
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024}  # bytes that one program may have
+SPILLS = ("STL", "LDL")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is launched: types of its arguments, constants, blocks.
+
+    product: it has a tensor-core product. scalars are taken to be multiples of 16, as the widths
+    and strides of 7B and 13B are."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    blocks: Blocks
+    product: bool = True
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the compiled kernel needs: registers per thread, bytes of stack (more than 0 is a spill)
+    and of shared memory, and counts of instructions by name."""
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    shared: int
+    instructions: dict[str, int]
+    ttir: str
+
+    @property
+    def tensor_core(self) -> int:
+        return self.instructions["HGMMA"] + self.instructions["HMMA"]
+
+    @property
+    def spills(self) -> int:
+        return sum(self.instructions[name] for name in SPILLS)
+
+
+COUNTED = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", *SPILLS)
+
+
+def variants(table: Table, dtype: str = "bf16") -> list[Variant]:
+    """Every kernel with the blocks of a table, in the form that training launches it."""
+    flat = f"*{dtype}"
+    wide = {"PRECISION": "ieee", "EVEN_K": True, "EXACT": dtype == "fp32"}
+    found = []
+    for name, gelu, scatter in (("up", True, False), ("down", False, True)):
+        blocks = table.blocks(name)
+        tensors = dict.fromkeys(("x", "w", "bias", "pre", "out"), flat)
+        tensors["w"] = _weight_type(blocks, dtype, [blocks.cols, blocks.inner])
+        integers = _integers("R N K stride_x stride_w stride_pre stride_out")
+        constants = {"GATHER": gelu, "SCATTER": scatter, "GELU": gelu, "SAVE": gelu, **wide}
+        arguments = {**tensors, "rows": "*i64", "to": "*i64", **integers}
+        kernel = products.linear_rows_kernel
+        found.append(Variant(name, kernel, arguments, _tiles(constants, blocks), blocks))
+    blocks = table.blocks("hidden_grad")
+    arguments = {
+        **dict.fromkeys(("dy", "pre", "dh"), flat),
+        "w": _weight_type(blocks, dtype, [blocks.inner, blocks.cols]),
+        "rows": "*i64",
+        "sums": "*fp32",
+        **_integers("R N K stride_dy stride_w stride_pre stride_dh"),
+    }
+    constants = _tiles({"GATHER": True, "KEEP_GELU": True, **wide}, blocks)
+    kernel = products.hidden_grad_kernel
+    found.append(Variant("hidden_grad", kernel, arguments, constants, blocks))
+    blocks = table.blocks("weight_grad")
+    arguments = {
+        "a": _weight_type(blocks, dtype, [blocks.inner, blocks.rows]),
+        **dict.fromkeys(("b", "dw"), flat),
+        **dict.fromkeys(("rows_a", "rows_b"), "*i64"),
+        "sums": "*fp32",
+        **_integers("R M N stride_a stride_b stride_dw"),
+    }
+    chosen = {"GATHER_A": False, "GATHER_B": True, "SUMS": True, "PRECISION": "ieee"}
+    kernel = products.weight_grad_kernel
+    found.append(Variant("weight_grad", kernel, arguments, _tiles(chosen, blocks), blocks))
+    return found + _moving(table, flat, exact=dtype == "fp32")
+
+
+def _moving(table: Table, flat: str, exact: bool) -> list[Variant]:
+    """The kernels without a product."""
+    found = []
+    blocks = table.blocks("gelu_grad")
+    arguments = {"dg": flat, "pre": flat, "sums": "*fp32"}
+    arguments |= _integers("R N stride_dg stride_pre")
+    constants = {"KEEP_GELU": True, "EXACT": exact, "BM": blocks.rows, "BN": blocks.cols}
+    kernel = products.gelu_grad_kernel
+    found.append(Variant("gelu_grad", kernel, arguments, constants, blocks, product=False))
+    blocks = table.blocks("place")
+    arguments = {"text": flat, "rows": flat, "row_end": flat, "source": "*i64", "out": flat}
+    arguments |= _integers("H stride_text stride_rows stride_out")
+    constants = {"HAS_END": True, "BLOCK": blocks.cols}
+    kernel = place_kernels.place_kernel
+    found.append(Variant("place", kernel, arguments, constants, blocks, product=False))
+    tables = {"dout": flat, "order": "*i64", "starts": "*i64"}
+    arguments = {**tables, "drows": flat, **_integers("H stride_dout stride_drows")}
+    constants = {"BLOCK": blocks.cols}
+    kernel = place_kernels.rows_grad_kernel
+    found.append(Variant("rows_grad", kernel, arguments, constants, blocks, product=False))
+    blocks = table.blocks("place_grad")
+    arguments = {**tables, "sums": "*fp32", **_integers("H stride_dout")}
+    constants = {"CHUNKS": blocks.rows, "BLOCK": blocks.cols}
+    kernel = place_kernels.row_end_grad_kernel
+    found.append(Variant("place_grad", kernel, arguments, constants, blocks, product=False))
+    return found
+
+
+def _weight_type(blocks: Blocks, dtype: str, shape: list[int]) -> str:
+    return f"tensordesc<{dtype}[{shape[0]},{shape[1]}]>" if blocks.tma else f"*{dtype}"
+
+
+def _integers(names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), "i32")
+
+
+def _tiles(constants: dict[str, Any], blocks: Blocks) -> dict[str, Any]:
+    shape = {"BM": blocks.rows, "BN": blocks.cols, "BK": blocks.inner, "GROUP": blocks.group}
+    return {**constants, "TMA": blocks.tma, **shape}
+
+
+def compile_variant(variant: Variant, architecture: str) -> Code:
+    """The machine code of a variant for "sm_80", "sm_90", ...; about two seconds.
+
+    Raises what Triton raises where it does not compile.
+    """
+    fn = variant.kernel
+    signature = {name: variant.arguments.get(name, "constexpr") for name in fn.arg_names}
+    constants = {name: variant.constants[name] for name, kind in signature.items()
+                 if kind == "constexpr"}  # fmt: skip
+    aligned = [name for name, kind in signature.items() if kind[0] in "*i" and name != "R"]
+    hints = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    kernel = triton.compile(
+        ASTSource(fn, signature, constants, hints),
+        target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
+        options={"num_warps": variant.blocks.warps, "num_stages": variant.blocks.stages},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage, text = (_dump(flag, cubin) for flag in ("-res-usage", "-sass"))
+    return Code(
+        name=variant.name,
+        architecture=architecture,
+        registers=_number(r"REG:(\d+)", usage),
+        stack=_number(r"STACK:(\d+)", usage),
+        shared=kernel.metadata.shared,
+        instructions={op: len(re.findall(rf"\b{op}\b", text)) for op in COUNTED},
+        ttir=kernel.asm["ttir"],
+    )
+
+
+def _dump(flag: str, cubin: Path) -> str:
+    return subprocess.run(
+        [TOOLS / "cuobjdump", flag, cubin], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"cuobjdump printed no {pattern!r}")
+    return int(found[1])
+
+
+def narrow_strides(code: Code) -> list[str]:
+    """The lines in which a stride is used before it was widened to 64 bits; [] is the proof that no
+    row's offset can overflow 32 bits."""
+    uses = [line.strip() for line in code.ttir.splitlines() if re.search(r"%stride_\w+\b", line)]
+    return [line for line in uses if not line.startswith("tt.func") and "arith.extsi" not in line]
+
+
+def facts(code: Code) -> dict[str, Any]:
+    """The figures of a compiled kernel, for printing and JSON."""
+    values = asdict(code)
+    del values["ttir"]
+    return {**values, **values.pop("instructions"), "spills": code.spills}
