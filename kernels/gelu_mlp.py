@@ -134,40 +134,64 @@ class _GeluMLP(torch.autograd.Function):
         table: Table,
         keep: bool,
     ) -> Tensor:
-        hidden, activated = _up(x, w1, b1, rows, table, keep)
-        ctx.save_for_backward(x, w1, b1, w2, rows, hidden if keep else None)
-        ctx.table, ctx.spent = table, False
-        return _down(activated, w2, b2, table)
+        hidden, activated = up(x, w1, b1, rows, table, keep)
+        remember(ctx, x, w1, b1, w2, rows, hidden if keep else None, table)
+        if table.uses("down", activated.shape[0]):
+            from .launch import linear_rows
+
+            return linear_rows(activated, w2, b2, table.blocks("down"))
+        return F.linear(activated, w2, b2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w2, rows, hidden = ctx.saved_tensors
-        if ctx.spent:
-            raise RuntimeError(
-                "gelu_mlp: backward ran a second time, but the first one used up the hidden rows; "
-                "call gelu_mlp(..., recompute=True) to go through a graph more than once"
-            )
-        ctx.spent = hidden is not None
-        if hidden is None:
-            hidden, _ = _up(x, w1, b1, rows, ctx.table, True)
-        need = ctx.needs_input_grad
-        dx = dw1 = db1 = dw2 = db2 = None
-        if any(need[:3]):
-            dh, sums = _hidden_grad(dy, w2, hidden, ctx.table, keep_gelu=need[3])
-            db1 = sums.to(b1.dtype) if need[2] else None
-            dw1 = _weight_grad(dh, x, rows, ctx.table)[0] if need[1] else None
-            dx = _input_grad(dh, w1, x, rows) if need[0] else None
-        elif need[3]:
-            hidden = F.gelu(hidden)
-        if need[3]:
-            dw2, db2 = _weight_grad(dy, hidden, None, ctx.table, sums=need[4])
-        elif need[4]:
-            db2 = _column_sums(dy)
-        return dx, dw1, db1, dw2, db2, None, None, None
+        return (*gradients(ctx, dy), None, None, None)
 
 
-def _up(
+def remember(
+    ctx: Any,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    rows: Tensor | None,
+    hidden: Tensor | None,
+    table: Table,
+) -> None:
+    """Keep in an autograd context what `gradients` needs; hidden: None to compute it again."""
+    ctx.save_for_backward(x, w1, b1, w2, rows, hidden)
+    ctx.table, ctx.spent = table, False
+
+
+def gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    """Those of x, w1, b1, w2, b2 (the first five inputs of the function that `ctx` belongs to),
+    None where none is asked for. Uses up the hidden rows: RuntimeError the second time."""
+    x, w1, b1, w2, rows, hidden = ctx.saved_tensors
+    if ctx.spent:
+        raise RuntimeError(
+            "gelu_mlp: backward ran a second time, but the first one used up the hidden rows; "
+            "call it with recompute=True to go through a graph more than once"
+        )
+    ctx.spent = hidden is not None
+    if hidden is None:
+        hidden, _ = up(x, w1, b1, rows, ctx.table, True)
+    need = ctx.needs_input_grad
+    dx = dw1 = db1 = dw2 = db2 = None
+    if any(need[:3]):
+        dh, sums = _hidden_grad(dy, w2, hidden, ctx.table, keep_gelu=need[3])
+        db1 = sums.to(b1.dtype) if need[2] else None
+        dw1 = _weight_grad(dh, x, rows, ctx.table)[0] if need[1] else None
+        dx = _input_grad(dh, w1, x, rows) if need[0] else None
+    elif need[3]:
+        hidden = F.gelu(hidden)
+    if need[3]:
+        dw2, db2 = _weight_grad(dy, hidden, None, ctx.table, sums=need[4])
+    elif need[4]:
+        db2 = _column_sums(dy)
+    return [dx, dw1, db1, dw2, db2]
+
+
+def up(
     x: Tensor, w1: Tensor, b1: Tensor, rows: Tensor | None, table: Table, keep: bool
 ) -> tuple[Tensor | None, Tensor]:
     """The hidden rows before (None unless `keep`) and after the GELU."""
@@ -180,14 +204,6 @@ def _up(
         return hidden, linear_rows(x, w1, b1, blocks, rows=rows, gelu=True, pre=hidden)
     hidden = F.linear(x if rows is None else x.index_select(0, rows), w1, b1)
     return hidden, F.gelu(hidden)
-
-
-def _down(activated: Tensor, w2: Tensor, b2: Tensor, table: Table) -> Tensor:
-    from .launch import linear_rows
-
-    if table.uses("down", activated.shape[0]):
-        return linear_rows(activated, w2, b2, table.blocks("down"))
-    return F.linear(activated, w2, b2)
 
 
 def _hidden_grad(
@@ -210,7 +226,7 @@ def _weight_grad(
     from .launch import weight_grad
 
     if table.uses("weight_grad", a.shape[0]):
-        dw, db = weight_grad(a, b, table.blocks("weight_grad"), rows_b=rows, sums=sums)
+        dw, db = weight_grad(a, b, table.blocks("weight_grad"), rows=rows, sums=sums)
         return dw, None if db is None else db.to(a.dtype)
     b = b if rows is None else b.index_select(0, rows)
     if a.is_cuda and a.dtype != torch.float32:

@@ -89,14 +89,12 @@ def hidden_grad(
     pre: Tensor,
     blocks: Blocks,
     *,
-    rows: Tensor | None = None,
     keep_gelu: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`dH = (dy[rows] w) ⊙ gelu'(pre)` `[R N]` and its column sums, fp32 `[N]`.
+    """`dH = (dy w) ⊙ gelu'(pre)` `[R N]` and its column sums, fp32 `[N]`.
 
     Args:
-        dy: `[.. K]`. w: `[K N]`. pre: `[R N]`, overwritten by gelu(pre) with `keep_gelu`.
-        rows: int64 `[R]`, a negative number stands for a row of zeros; None takes dy in order.
+        dy: `[R K]`. w: `[K N]`. pre: `[R N]`, overwritten by gelu(pre) with `keep_gelu`.
     """
     dy, w = rows_in_memory(dy), rows_in_memory(w)
     count, width = pre.shape
@@ -105,9 +103,9 @@ def hidden_grad(
     sums = torch.empty(tile_rows, width, dtype=torch.float32, device=dy.device)
     weight, tma = _described(w, blocks, [blocks.inner, blocks.cols])
     hidden_grad_kernel[(tile_rows * triton.cdiv(width, blocks.cols),)](
-        dy, rows, weight, pre, dh, sums,
+        dy, weight, pre, dh, sums,
         count, width, dy.shape[1], dy.stride(0), w.stride(0), pre.stride(0), dh.stride(0),
-        GATHER=rows is not None, KEEP_GELU=keep_gelu, TMA=tma,
+        KEEP_GELU=keep_gelu, TMA=tma,
         EVEN_K=dy.shape[1] % blocks.inner == 0, EXACT=dy.dtype == torch.float32,
         **_common(dy, blocks),
     )  # fmt: skip
@@ -119,29 +117,24 @@ def weight_grad(
     b: Tensor,
     blocks: Blocks,
     *,
-    rows_a: Tensor | None = None,
-    rows_b: Tensor | None = None,
+    rows: Tensor | None = None,
     sums: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`dW = a[rows_a]ᵀ b[rows_b]` `[M N]`, summed in fp32, and the column sums of a, fp32 `[M]`.
+    """`dW = aᵀ b[rows]` `[M N]`, summed in fp32, and the column sums of a, fp32 `[M]`.
 
     Args:
-        a: `[.. M]`. b: `[.. N]`. rows_a, rows_b: int64 `[R]`, a negative number stands for a row
-            of zeros; None takes the rows in order.
+        a: `[R M]`. b: `[.. N]`. rows: int64 `[R]`, or None for all of b in order.
     """
     a, b = rows_in_memory(a), rows_in_memory(b)
-    count = a.shape[0] if rows_a is None else rows_a.shape[0]
-    height, width = a.shape[1], b.shape[1]
+    count, height, width = *a.shape, b.shape[1]
     dw = a.new_empty(height, width)
     tile_cols = triton.cdiv(width, blocks.cols)
     partial = torch.empty(tile_cols, height, dtype=torch.float32, device=a.device) if sums else None
-    left, tma = (a, False)
-    if rows_a is None:
-        left, tma = _described(a, blocks, [blocks.inner, blocks.rows])
+    left, tma = _described(a, blocks, [blocks.inner, blocks.rows])
     weight_grad_kernel[(triton.cdiv(height, blocks.rows) * tile_cols,)](
-        left, rows_a, b, rows_b, dw, partial,
+        left, b, rows, dw, partial,
         count, height, width, a.stride(0), b.stride(0), dw.stride(0),
-        GATHER_A=rows_a is not None, GATHER_B=rows_b is not None, SUMS=sums, TMA=tma,
+        GATHER=rows is not None, SUMS=sums, TMA=tma,
         **_common(a, blocks),
     )  # fmt: skip
     return dw, None if partial is None else partial.sum(0)

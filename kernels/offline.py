@@ -85,22 +85,21 @@ def variants(table: Table, dtype: str = "bf16") -> list[Variant]:
     arguments = {
         **dict.fromkeys(("dy", "pre", "dh"), flat),
         "w": _weight_type(blocks, dtype, [blocks.inner, blocks.cols]),
-        "rows": "*i64",
         "sums": "*fp32",
         **_integers("R N K stride_dy stride_w stride_pre stride_dh"),
     }
-    constants = _tiles({"GATHER": True, "KEEP_GELU": True, **wide}, blocks)
+    constants = _tiles({"KEEP_GELU": True, **wide}, blocks)
     kernel = products.hidden_grad_kernel
     found.append(Variant("hidden_grad", kernel, arguments, constants, blocks))
     blocks = table.blocks("weight_grad")
     arguments = {
         "a": _weight_type(blocks, dtype, [blocks.inner, blocks.rows]),
         **dict.fromkeys(("b", "dw"), flat),
-        **dict.fromkeys(("rows_a", "rows_b"), "*i64"),
+        "rows": "*i64",
         "sums": "*fp32",
         **_integers("R M N stride_a stride_b stride_dw"),
     }
-    chosen = {"GATHER_A": False, "GATHER_B": True, "SUMS": True, "PRECISION": "ieee"}
+    chosen = {"GATHER": True, "SUMS": True, "PRECISION": "ieee"}
     kernel = products.weight_grad_kernel
     found.append(Variant("weight_grad", kernel, arguments, _tiles(chosen, blocks), blocks))
     return found + _moving(table, flat, exact=dtype == "fp32")
@@ -121,6 +120,10 @@ def _moving(table: Table, flat: str, exact: bool) -> list[Variant]:
     constants = {"HAS_END": True, "BLOCK": blocks.cols}
     kernel = place_kernels.place_kernel
     found.append(Variant("place", kernel, arguments, constants, blocks, product=False))
+    arguments = {"text": flat, "row_end": flat, "source": "*i64", "to": "*i64", "out": flat}
+    arguments |= _integers("H stride_text stride_out")
+    kernel = place_kernels.fill_kernel
+    found.append(Variant("fill", kernel, arguments, constants, blocks, product=False))
     tables = {"dout": flat, "order": "*i64", "starts": "*i64"}
     arguments = {**tables, "drows": flat, **_integers("H stride_dout stride_drows")}
     constants = {"BLOCK": blocks.cols}

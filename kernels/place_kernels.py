@@ -33,6 +33,32 @@ def place_kernel(
 
 
 @triton.jit
+def fill_kernel(
+    text, row_end, source, to, out, H, stride_text, stride_out,
+    HAS_END: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The places of text and row-ends in `out`, in which row r already stands at to[r]; a second
+    place of a row is copied from there."""
+    t = tl.program_id(0).to(tl.int64)
+    number = tl.load(source + t).to(tl.int64)
+    first = t
+    if number >= 0:
+        first = tl.load(to + number).to(tl.int64)
+    if (number < 0) | (first != t):
+        for start in range(0, H, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            inside = c < H
+            if number >= 0:
+                value = tl.load(out + first * stride_out + c, mask=inside)
+            else:
+                value = tl.load(text + t * stride_text + c, mask=inside & (number == -1), other=0.0)
+                if HAS_END:
+                    end = tl.load(row_end + c, mask=inside & (number == -2), other=0.0)
+                    value = tl.where(number == -2, end.to(value.dtype), value)
+            tl.store(out + t * stride_out + c, value, mask=inside)
+
+
+@triton.jit
 def rows_grad_kernel(dout, order, starts, drows, H, stride_dout, stride_drows, BLOCK: tl.constexpr):
     """drows[r] = Σ dout[order[starts[r + 2] : starts[r + 3]]], in fp32 and in that order."""
     r = tl.program_id(0).to(tl.int64)
@@ -74,6 +100,18 @@ def place(
         HAS_END=row_end is not None, BLOCK=blocks.cols, num_warps=blocks.warps,
     )  # fmt: skip
     return out
+
+
+def fill(
+    text: Tensor, row_end: Tensor | None, source: Tensor, to: Tensor, out: Tensor, blocks: Blocks
+) -> None:
+    """Write text and row-ends into out `[T H]`, where the rows stand already; to: int64 `[R]`."""
+    text = rows_in_memory(text)
+    row_end = None if row_end is None else row_end.contiguous()
+    fill_kernel[(text.shape[0],)](
+        text, row_end, source, to, out, text.shape[1], text.stride(0), out.stride(0),
+        HAS_END=row_end is not None, BLOCK=blocks.cols, num_warps=blocks.warps,
+    )  # fmt: skip
 
 
 def rows_grad(dout: Tensor, order: Tensor, starts: Tensor, drows: Tensor, blocks: Blocks) -> None:

@@ -17,6 +17,7 @@ row-ends, and once more, writing T·H, where the text embeddings train.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,6 +101,35 @@ class Places:
         firsts = torch.arange(ROW_END, num_rows + 1, device=source.device)
         self.starts = torch.searchsorted(ordered, firsts)
 
+    def first(self) -> Tensor:
+        """The first place of each row, int64 `[R]`, -1 for a row that went nowhere."""
+        begin, end = self.starts[2:-1], self.starts[3:]
+        place = self.order[begin.clamp(max=len(self.order) - 1)]
+        return torch.where(end > begin, place, -1)
+
+
+def gradients(
+    dout: Tensor,
+    source: Tensor,
+    places: Places,
+    need: Sequence[bool],
+    like: Sequence[Any],
+    table: Table,
+) -> list[Tensor | None]:
+    """Those of text, rows and row_end where `need` asks, None elsewhere; like: (shape, type)."""
+    from .place_kernels import row_end_grad, rows_grad  # Triton is imported only where it runs
+
+    dtext = drows = dend = None
+    if need[0]:
+        dtext = torch.where((source == TEXT)[:, None], dout, 0).to(like[0][1])
+    if need[1]:
+        drows = dout.new_empty(like[1][0], dtype=like[1][1])
+        rows_grad(dout, places.order, places.starts, drows, table.blocks("place"))
+    if need[2]:
+        blocks = table.blocks("place_grad")
+        dend = row_end_grad(dout, places.order, places.starts, blocks).to(like[2][1])
+    return [dtext, drows, dend]
+
 
 class _PlaceRows(torch.autograd.Function):
     @staticmethod
@@ -114,26 +144,14 @@ class _PlaceRows(torch.autograd.Function):
         from .place_kernels import place  # Triton is imported only where it runs
 
         ctx.save_for_backward(source)
-        ctx.table, ctx.shape, ctx.types = table, rows.shape, (text.dtype, rows.dtype)
-        ctx.end_type = None if row_end is None else row_end.dtype
+        ctx.table = table
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in (text, rows, row_end)]
         return place(text, rows, row_end, source, table.blocks("place"))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        from .place_kernels import row_end_grad, rows_grad
-
         (source,) = ctx.saved_tensors
-        need_text, need_rows, need_end = ctx.needs_input_grad[:3]
-        dtext = drows = dend = None
-        if need_text:
-            dtext = torch.where((source == TEXT)[:, None], dout, 0).to(ctx.types[0])
-        if need_rows or need_end:
-            places = Places(source, ctx.shape[0])
-        if need_rows:
-            drows = dout.new_empty(ctx.shape, dtype=ctx.types[1])
-            rows_grad(dout, places.order, places.starts, drows, ctx.table.blocks("place"))
-        if need_end:
-            blocks = ctx.table.blocks("place_grad")
-            dend = row_end_grad(dout, places.order, places.starts, blocks).to(ctx.end_type)
-        return dtext, drows, dend, None, None
+        places = Places(source, ctx.like[1][0][0])
+        found = gradients(dout, source, places, ctx.needs_input_grad[:3], ctx.like, ctx.table)
+        return (*found, None, None)

@@ -1,7 +1,7 @@
 """The matrix products of the projector as Triton kernels: what is gathered, fused and scattered.
 
     linear_rows     out[to[r]] = f(x[rows[r]] Wᵀ + b)              W [N K], f = GELU or nothing
-    hidden_grad     dH = (dY[rows] W) ⊙ gelu'(H), H <- gelu(H)     W [K N], column sums of dH beside
+    hidden_grad     dH = (dY W) ⊙ gelu'(H), H <- gelu(H)           W [K N], column sums of dH beside
     weight_grad     dW = Aᵀ B[rows], db = column sums of A         summed over the rows
     gelu_grad       the element-wise part of hidden_grad alone
 
@@ -141,7 +141,7 @@ def linear_rows_kernel(
 
 @triton.jit
 def _store_hidden_grad(
-    acc, pre, dh, sums, m, r, R, there, c, N, stride_pre, stride_dh,
+    acc, pre, dh, sums, m, r, R, c, N, stride_pre, stride_dh,
     KEEP_GELU: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of hidden_grad on the columns c of tile row m."""
@@ -150,7 +150,7 @@ def _store_hidden_grad(
     pre_at = pre + place * stride_pre + c[None, :]
     h = tl.load(pre_at, mask=inside, other=0.0).to(tl.float32)
     cdf, density = _normal(h, EXACT)
-    grad = tl.where(inside & there[:, None], acc * (cdf + h * density), 0.0)
+    grad = tl.where(inside, acc * (cdf + h * density), 0.0)
     if KEEP_GELU:
         tl.store(pre_at, (h * cdf).to(pre.dtype.element_ty), mask=inside)
     tl.store(dh + place * stride_dh + c[None, :], grad.to(dh.dtype.element_ty), mask=inside)
@@ -159,21 +159,20 @@ def _store_hidden_grad(
 
 @triton.jit
 def hidden_grad_kernel(
-    dy, rows, w, pre, dh, sums,
+    dy, w, pre, dh, sums,
     R, N, K, stride_dy, stride_w, stride_pre, stride_dh,
-    GATHER: tl.constexpr, KEEP_GELU: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
+    KEEP_GELU: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One BM x BN tile of dH = (dY W) ⊙ gelu'(pre), and its column sums to sums[m].
 
-    With KEEP_GELU the tile of `pre`, which no other program reads, is overwritten by gelu(pre).
-    Rows of dY whose number is negative (GATHER) count as zero."""
+    With KEEP_GELU the tile of `pre`, which no other program reads, is overwritten by gelu(pre)."""
     m, n = _tile_of(tl.program_id(0), tl.cdiv(R, BM), tl.cdiv(N, BN), GROUP)
     r = m * BM + tl.arange(0, BM)
     c = n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    offset, there = _rows_of(rows, r, R, stride_dy, GATHER)
+    offset, _ = _rows_of(dy, r, R, stride_dy, False)
     y_at = dy + offset[:, None] + k[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     if not TMA:
@@ -198,24 +197,23 @@ def hidden_grad_kernel(
         for j in tl.static_range(2):
             c = n * BN + (2 * i + j) * (BN // 4) + tl.arange(0, BN // 4)
             _store_hidden_grad(
-                _halves(half, BM, BN // 2)[j], pre, dh, sums, m, r, R, there, c, N,
+                _halves(half, BM, BN // 2)[j], pre, dh, sums, m, r, R, c, N,
                 stride_pre, stride_dh, KEEP_GELU, EXACT,
             )  # fmt: skip
 
 
 @triton.jit
 def weight_grad_kernel(
-    a, rows_a, b, rows_b, dw, sums,
+    a, b, rows, dw, sums,
     R, M, N, stride_a, stride_b, stride_dw,
-    GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, SUMS: tl.constexpr, TMA: tl.constexpr,
+    GATHER: tl.constexpr, SUMS: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One BM x BN tile of dW = a[rows_a]ᵀ b[rows_b]; a [.. M], b [.. N], summed over R in fp32.
+    """One BM x BN tile of dW = aᵀ b[rows]; a [R M], b [.. N], summed over R in fp32.
 
     With SUMS the column sums of a are shared out: program (m, n) adds up every num_n-th block of
-    rows and writes sums[n], so that no tile is slower than the others. Rows with a negative number
-    count as zero."""
+    rows and writes sums[n], so that no tile is slower than the others."""
     num_n = tl.cdiv(N, BN)
     m, n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), num_n, GROUP)
     i = m * BM + tl.arange(0, BM)
@@ -227,10 +225,10 @@ def weight_grad_kernel(
         if TMA:
             left = a.load([start, m * BM])
         else:
-            offset, there = _rows_of(rows_a, r, R, stride_a, GATHER_A)
+            offset, there = _rows_of(a, r, R, stride_a, False)
             inside = there[:, None] & (i < M)[None, :]
             left = tl.load(a + offset[:, None] + i[None, :], mask=inside, other=0.0)
-        offset, there = _rows_of(rows_b, r, R, stride_b, GATHER_B)
+        offset, there = _rows_of(rows, r, R, stride_b, GATHER)
         inside = there[:, None] & (j < N)[None, :]
         right = tl.load(b + offset[:, None] + j[None, :], mask=inside, other=0.0)
         acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
@@ -258,6 +256,4 @@ def gelu_grad_kernel(
     inside = (r < R)[:, None] & (c < N)[None, :]
     dg_at = dg + r.to(tl.int64)[:, None] * stride_dg + c[None, :]
     grad = tl.load(dg_at, mask=inside, other=0.0).to(tl.float32)
-    _store_hidden_grad(
-        grad, pre, dg, sums, m, r, R, r < R, c, N, stride_pre, stride_dg, KEEP_GELU, EXACT
-    )
+    _store_hidden_grad(grad, pre, dg, sums, m, r, R, c, N, stride_pre, stride_dg, KEEP_GELU, EXACT)
