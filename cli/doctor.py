@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     # DeepSpeed talks on standard output while it is imported; that belongs to the report alone.
     with contextlib.redirect_stdout(sys.stderr):
         findings = [probe_library(*row) for row in LIBRARIES]
-        findings += [*probe_attention(), probe_device()]
+        findings += [*probe_attention(), *probe_kernels(), probe_device()]
     if args.json:
         report = {"machine": machine, "findings": [asdict(finding) for finding in findings]}
         print(json.dumps(report, indent=2))
@@ -113,6 +113,31 @@ def probe_attention() -> list[Finding]:
         else:
             detail = "flash_attention of kernels/, torch path" if name == "auto" else "transformers"
             findings.append(Finding(f"attention={name}", "ok", detail, False))
+    return findings
+
+
+def probe_kernels() -> list[Finding]:
+    """Which path each operation takes on this machine, and why; on a GPU for bf16."""
+    import torch
+
+    from ..kernels.backend import OPERATIONS, PRODUCTS, choose
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    findings = []
+    for name in OPERATIONS:
+        choice = choose(name, device, dtype, rows=2**17)
+        detail = f"{choice.path}: {choice.reason}"
+        if choice.table is not None:
+            start = choice.table.entries[name].from_rows
+            detail += f"; from {start} rows on, below that torch; {choice.table.path}"
+            if name == "gelu_mlp":
+                ours = [p for p in PRODUCTS if choice.table.uses(p, 2**17)]
+                detail += f"; products of our own: {', '.join(ours) or 'none'}"
+        findings.append(Finding(f"kernel {name}", "ok", detail, False))
+    for name in ("flash_attention", "linear_loss"):
+        findings.append(Finding(f"kernel {name}", "ok", "torch: no Triton kernel yet", False))
     return findings
 
 

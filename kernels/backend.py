@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ class Choice:
 
 def choose(operation: str, device: torch.device, dtype: torch.dtype, rows: int) -> Choice:
     """How `operation` (one of OPERATIONS) is computed for `rows` rows on a device."""
-    table, reason = _table_for(device.type, device.index, os.environ.get(SWITCH, ""))
+    switch = os.environ.get(SWITCH, "")
+    table, reason = _table_for(device.type, device.index, switch, dtype == torch.float32)
     if table is None:
         return Choice(None, reason)
     if dtype not in DTYPES:
@@ -107,7 +108,7 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype, rows: int) 
 
 
 @cache
-def _table_for(kind: str, index: int | None, switch: str) -> tuple[Table | None, str]:
+def _table_for(kind: str, index: int | None, switch: str, fp32: bool) -> tuple[Table | None, str]:
     if switch not in ("", "torch", "triton"):
         raise ValueError(f"{SWITCH}={switch!r}: give torch or triton, or leave it unset")
     if switch == "torch":
@@ -124,7 +125,11 @@ def _table_for(kind: str, index: int | None, switch: str) -> tuple[Table | None,
         return None, f"compute capability {major}.{minor} is older than 8.0"
     table = load_table(name)
     if switch == "triton":
-        return everywhere(table), f"{SWITCH}=triton"
+        table = everywhere(table)
+    if fp32:
+        table = library_products(table)
+    if switch == "triton":
+        return table, f"{SWITCH}=triton"
     if table.measured:
         return table, f"{name}, measured: {table.measured}"
     return table, f"{name}, block sizes not measured yet (llava-hd bench tune)"
@@ -143,7 +148,14 @@ def architecture(major: int, minor: int) -> str | None:
 def everywhere(table: Table) -> Table:
     """The table with every kernel in use from the first row on."""
     entries = {name: Entry(0, entry.blocks) for name, entry in table.entries.items()}
-    return Table(table.architecture, table.measured, entries, table.path)
+    return replace(table, entries=entries)
+
+
+def library_products(table: Table) -> Table:
+    """The table with the library's products: what fp32 takes on a GPU. The blocks are made for 16
+    bits, and without the tensor cores our products have nothing to win."""
+    theirs = {name: Entry(None, table.entries[name].blocks) for name in PRODUCTS}
+    return replace(table, entries={**table.entries, **theirs})
 
 
 def table_path(name: str) -> Path:
@@ -159,7 +171,16 @@ def load_table(name: str) -> Table:
     Raises ValueError naming file, field and remedy where the file is not a table.
     """
     own = table_path(name)
-    path = own if own.is_file() else SHIPPED / f"{name}.json"
+    return read_table(own) if own.is_file() else load_shipped(name)
+
+
+def load_shipped(name: str) -> Table:
+    """The shipped table of an architecture."""
+    return read_table(SHIPPED / f"{name}.json")
+
+
+def read_table(path: Path) -> Table:
+    """The table in a file; ValueError naming file, field and remedy where it is none."""
     try:
         return parse_table(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (KeyError, TypeError, ValueError) as error:

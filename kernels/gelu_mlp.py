@@ -187,7 +187,7 @@ def gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     if need[3]:
         dw2, db2 = _weight_grad(dy, hidden, None, ctx.table, sums=need[4])
     elif need[4]:
-        db2 = _column_sums(dy)
+        db2 = column_sums(dy)
     return [dx, dw1, db1, dw2, db2]
 
 
@@ -228,16 +228,20 @@ def _weight_grad(
     if table.uses("weight_grad", a.shape[0]):
         dw, db = weight_grad(a, b, table.blocks("weight_grad"), rows=rows, sums=sums)
         return dw, None if db is None else db.to(a.dtype)
-    b = b if rows is None else b.index_select(0, rows)
+    dw = library_weight_grad(a, b if rows is None else b.index_select(0, rows))
+    return dw, column_sums(a) if sums else None
+
+
+def library_weight_grad(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b by the library, summed in fp32, in a's type."""
     if a.is_cuda and a.dtype != torch.float32:
         # cuBLAS may add up the parts of a split sum in 16 bits, unless the result has 32.
-        dw = torch.mm(a.T, b, out_dtype=torch.float32).to(a.dtype)
-    else:
-        dw = a.T @ b
-    return dw, _column_sums(a) if sums else None
+        return torch.mm(a.T, b, out_dtype=torch.float32).to(a.dtype)
+    return a.T @ b
 
 
-def _column_sums(a: Tensor) -> Tensor:
+def column_sums(a: Tensor) -> Tensor:
+    """Σ over the rows of a, in fp32, in a's type."""
     return a.sum(0, dtype=torch.float32).to(a.dtype)
 
 

@@ -58,6 +58,16 @@ def test_types_that_the_kernels_do_not_serve_take_torch(monkeypatch, dtype) -> N
     assert choice.path == "torch" and str(dtype) in choice.reason
 
 
+def test_fp32_on_a_gpu_takes_the_librarys_products(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv(SWITCH, "triton")
+    gpu = on_a_gpu(monkeypatch, 9, 0)
+    wide, half = (choose("gelu_mlp", gpu, t, 10_000).table for t in (torch.float32, torch.float16))
+    assert wide is not None and half is not None
+    for name in PRODUCTS:
+        assert not wide.uses(name, 10_000) and half.uses(name, 10_000)
+    assert wide.uses("gelu_grad", 1)
+
+
 def test_no_rows_take_torch(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv(SWITCH, "triton")
     assert choose("gelu_mlp", on_a_gpu(monkeypatch, 9, 0), torch.bfloat16, 0).path == "torch"
