@@ -28,6 +28,10 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("eval", "pope"): ("eval_pope", "answer and score POPE, or score existing answers"),
     ("compare",): ("compare", "compare the POPE answers of two models with paired tests"),
     ("nano", "build"): ("nano", "make the shipped nano weights again from a seed"),
+    ("bench", "kernels"): ("bench_kernels", "time our kernels against their rivals, with errors"),
+    ("bench", "report"): ("bench_report", "charts and docs/performance.md from the results"),
+    ("bench", "tune"): ("bench_tune", "measure the kernels' block sizes on this GPU"),
+    ("bench", "inspect"): ("bench_inspect", "compile the kernels and print what they need"),
     ("doctor",): ("doctor", "report what this machine can run, and why not the rest"),
 }
 

@@ -1,0 +1,45 @@
+"""`llava-hd bench report`: charts and the tables of docs/performance.md, from result files."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..hd.errors import UsageError
+from .parser import Parser
+
+DOCS = Path("docs", "performance.md")
+
+
+def build_parser(command: str) -> Parser:
+    """The options of `llava-hd bench report`."""
+    parser = Parser(
+        command,
+        "Draw PNG charts beside the results of `llava-hd bench kernels` and write the tables of\n"
+        "docs/performance.md between their two markers. Every figure comes from a result file.",
+        [
+            "llava-hd bench report",
+            "llava-hd bench report bench/results/nvidia-h200/2026-11-30 --docs notes.md",
+        ],
+    )
+    add = parser.add_argument
+    add("results", type=str, nargs="*", default=[], metavar="DIR", help="folders; all results")
+    add("--docs", type=str, default=str(DOCS), metavar="FILE", help="the page with the markers")
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Read the results, draw the charts, write the page."""
+    from ..bench.performance import find_results, read_result, write_charts, write_page
+
+    page = Path(args.docs)
+    if not page.is_file():
+        raise UsageError(f"--docs {page}: no such file; run in the repository, or name the page")
+    folders = [Path(name) for name in args.results] or find_results(Path("bench", "results"))
+    results = [read_result(folder) for folder in folders]
+    for result in results:
+        for path in write_charts(result):
+            print(path)
+    write_page(page, results)
+    print(f"{page}: tables of {len(results)} result{'s' * (len(results) != 1)}")
+    return 0
