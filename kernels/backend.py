@@ -5,7 +5,8 @@ training step. `llava-hd bench tune` measures a machine and writes a table of it
 instead of the shipped one (`table_path`). A table holds for each operation and for each kernel the
 number of rows from which on it is used, null for never:
 
-    gelu_mlp, place_rows      the operation: our autograd function, or plain torch
+    gelu_mlp, place_rows,     the operation: our autograd function, or plain torch
+    attention_…
     up, down, hidden_grad,    products of gelu_mlp: our Triton kernel, or the library's (cuBLAS)
     weight_grad               product with an element-wise kernel or none
 
@@ -25,9 +26,14 @@ from typing import Any
 
 import torch
 
-OPERATIONS = ("gelu_mlp", "place_rows")
+OPERATIONS = ("gelu_mlp", "place_rows", "attention_dense", "attention_packed", "attention_tower")
 PRODUCTS = ("up", "down", "hidden_grad", "weight_grad")
 ELEMENTWISE = ("gelu_grad", "place", "place_grad")
+ATTENTION = (
+    *(f"attention_{kernel}_{width}" for kernel in ("forward", "query_grad", "key_grad")
+      for width in (64, 128, 256)),
+    "attention_tower_64",
+)  # fmt: skip
 SWITCH = "LLAVA_HD_KERNELS"
 SHIPPED = Path(__file__).with_name("blocks")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,8 +107,13 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype, rows: int) 
         return Choice(None, f"the kernels do not serve {dtype}")
     if rows == 0:
         return Choice(None, "no rows")
+    if operation.startswith("attention") and dtype == torch.float32 and device.type == "cuda":
+        return Choice(None, "the attention kernels serve 16 bits on a GPU")
     if not table.uses(operation, rows):
         start = table.entries[operation].from_rows
+        if start is None:
+            why = "not used" if table.measured else "off until measured (llava-hd bench tune)"
+            return Choice(None, f"{table.architecture}: Triton {why}")
         return Choice(None, f"{table.architecture}: Triton from {start} rows on, these are {rows}")
     return Choice(table, reason)
 
@@ -193,7 +204,7 @@ def parse_table(values: dict[str, Any], path: str) -> Table:
     """A table from what its JSON file holds; KeyError, TypeError or ValueError where it lacks or
     misnames something."""
     entries = {}
-    for name in (*OPERATIONS, *PRODUCTS, *ELEMENTWISE):
+    for name in (*OPERATIONS, *PRODUCTS, *ELEMENTWISE, *ATTENTION):
         entry = values[name]
         start = entry["from_rows"]
         if start is not None and (not isinstance(start, int) or start < 0):

@@ -3,23 +3,35 @@
     o = softmax(q kᵀ · scale + mask) v        per head; grouped queries share a key/value head
 
     dense    q [B S Hq d]   k, v [B L Hkv d]  ->  [B S Hq d]
-    packed   q [T Hq d]     k, v [T Hkv d]    ->  [T Hq d]      cu_seqlens [S+1] int32, from 0 to T
+    packed   q [T Hq d]     k, v [T Hkv d]    ->  [T Hq d]      cu_seqlens [S+1] int32, from 0 on
 
 Causal masks are aligned at the bottom right: with fewer queries than keys (a cached prefix) the
-last query sees every key (the convention of FlashAttention-2). Sequences of a pack never see each
-other: each is computed from its own rows alone.
+last query sees every key (the convention of FlashAttention-2); a query without keys gives 0.
+Sequences of a pack never see each other, and rows behind the last end belong to none: they give 0.
+
+On a GPU the Triton kernels of attention_kernels.py serve fp16 and bf16 where the table of block
+sizes says so (backend.py), else torch's scaled_dot_product_attention, for packs one sequence after
+the other. Neither adds up with atomics: results are the same bit for bit from run to run on the
+Triton path.
 
 FLOPs forward: 4·S·L·Hq·d per sequence, half of it when causal (Dao, FlashAttention-2, sec. 3).
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
+
+from .attention_schedule import Schedule, dense_schedule
+from .backend import Table, choose
+
+LARGEST_HEAD = 256  # that the kernels serve
+TOWER_BLOCK, TOWER_HEAD = 64, 64
 
 
 def flash_attention_reference(
@@ -40,7 +52,7 @@ def flash_attention_reference(
             )[0]
             for a, b in pairwise(ends)
         ]
-        return torch.cat(parts) if parts else torch.empty_like(q)
+        return torch.cat([*parts, torch.zeros_like(q[ends[-1] :])])
     groups = q.shape[2] // k.shape[2]
     k, v = (repeat(x, "b l h d -> b l (h g) d", g=groups) for x in (k, v))
     scores = torch.einsum("bshd,blhd->bhsl", q, k) * (
@@ -48,7 +60,9 @@ def flash_attention_reference(
     )
     if causal:
         scores = scores.masked_fill(~causal_mask(q.shape[1], k.shape[1], q.device), float("-inf"))
-    return torch.einsum("bhsl,blhd->bshd", scores.softmax(-1), v)
+    blind = (scores == float("-inf")).all(-1, keepdim=True)  # a query without keys gives 0
+    weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+    return torch.einsum("bhsl,blhd->bshd", weights, v)
 
 
 def flash_attention(
@@ -59,33 +73,156 @@ def flash_attention(
     cu_seqlens: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    schedule: Schedule | None = None,
+    table: Table | None = None,
 ) -> Tensor:
     """Exact attention; the shapes are in the module's docstring.
 
     Args:
-        cu_seqlens: int32 `[S+1]`, rising from 0 to T: q, k and v are packed.
+        cu_seqlens: int32 `[S+1]`, rising from 0: q, k and v are packed.
         causal: token t sees no later token of its sequence.
         scale: factor of the scores; 1/sqrt(d) by default.
+        schedule: of the same cu_seqlens and causal, made once by `pack_schedule` for all layers.
+        table: use the Triton kernels with these blocks; by default the backend decides.
 
     Returns:
         the shape and type of q.
     """
+    return _attend(q, k, v, cu_seqlens, causal, scale, schedule, table, False)[0]
+
+
+def flash_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    schedule: Schedule | None = None,
+    table: Table | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `flash_attention`, and the natural log of the sum of each query's exponentials: fp32
+    (fp64 for fp64), `[B Hq S]` or packed `[Hq T]`, -inf for a query without keys; no gradient."""
+    out, lse = _attend(q, k, v, cu_seqlens, causal, scale, schedule, table, True)
+    assert lse is not None
+    return out, lse
+
+
+def pack_schedule(cu_seqlens: Tensor, num_tokens: int, causal: bool = True) -> Schedule:
+    """What `flash_attention` works out for a pack of `num_tokens` rows, to be shared by layers."""
+    return Schedule(cu_seqlens, cu_seqlens, num_tokens, num_tokens, causal)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    schedule: Schedule | None,
+    table: Table | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    _check(q, k, v, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if table is None and q.shape[-1] <= LARGEST_HEAD:
+        operation, rows = "attention_packed", q.shape[0]
+        if cu_seqlens is None:
+            operation, rows = _dense_operation(q, k, causal), q.shape[0] * q.shape[1]
+        table = choose(operation, q.device, q.dtype, rows).table
+    if cu_seqlens is None:
+        if table is not None and q.numel() and k.numel():
+            return _dense_triton(q, k, v, causal, scale, table)
+        return _dense(q, k, v, causal, scale), _lse(q, k, causal, scale) if with_lse else None
+    if schedule is None:
+        schedule = pack_schedule(cu_seqlens, q.shape[0], causal)
+    if table is not None and q.numel():
+        from .attention_launch import Attention  # Triton is imported only where it runs
+
+        with torch.cuda.device_of(q):
+            out, lse = Attention.apply(q, k, v, schedule, scale, table, False)
+        return out, lse * math.log(2)
+    return _packed(q, k, v, schedule, scale, with_lse)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(f"flash_attention: {q.shape[-2]} query heads over {k.shape[-2]} key heads")
-    if cu_seqlens is None:
-        return _dense(q, k, v, causal, scale)
-    lengths = cu_seqlens.diff().tolist()
-    if sum(lengths) != q.shape[0]:
+    if k.shape != v.shape or q.ndim != k.ndim or q.ndim != (4 if cu_seqlens is None else 3):
+        raise ValueError(
+            f"flash_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; need "
+            "[B S H d], or [T H d] with cu_seqlens"
+        )
+    if cu_seqlens is not None and q.shape[0] != k.shape[0]:
+        raise ValueError(f"flash_attention: {q.shape[0]} packed queries, {k.shape[0]} keys")
+
+
+def _dense_operation(q: Tensor, k: Tensor, causal: bool) -> str:
+    """The tower's shapes are measured apart: full attention over one token more than blocks of 64
+    (257, 577) and heads up to 64."""
+    tower = not causal and q.shape[1] == k.shape[1] and q.shape[1] % TOWER_BLOCK == 1 < q.shape[1]
+    return "attention_tower" if tower and q.shape[-1] <= TOWER_HEAD else "attention_dense"
+
+
+def _dense_triton(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, table: Table
+) -> tuple[Tensor, Tensor]:
+    from .attention_launch import Attention  # Triton is imported only where it runs
+
+    batch, queries = q.shape[:2]
+    schedule = dense_schedule(batch, queries, k.shape[1], causal, q.device)
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    apart = _dense_operation(q, k, causal) == "attention_tower"
+    with torch.cuda.device_of(q):
+        out, lse = Attention.apply(*flat, schedule, scale, table, apart)
+    lse = rearrange(lse, "h (b s) -> b h s", b=batch)
+    return out.unflatten(0, (batch, queries)), lse * math.log(2)
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """torch's path for packs: one sequence after the other."""
+    lengths = schedule.lengths()[0]
+    rest = q.shape[0] - sum(lengths)
+    if rest < 0:
         raise ValueError(
             f"flash_attention: cu_seqlens end at {sum(lengths)}, q has {q.shape[0]} rows"
         )
-    pieces = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    done = [_dense(a[None], b[None], c[None], causal, scale)[0] for a, b, c in pieces]
-    return torch.cat(done) if done else torch.empty_like(q)
+    pieces = [x.split([*lengths, rest])[:-1] for x in (q, k, v)]
+    done, logs = [q.new_zeros(0, *q.shape[1:])], []
+    for a, b, c in zip(*pieces, strict=True):
+        done.append(_dense(a[None], b[None], c[None], schedule.causal, scale)[0])
+        if with_lse:
+            logs.append(_lse(a[None], b[None], schedule.causal, scale)[0])
+    out = torch.cat([*done, q.new_zeros(rest, *q.shape[1:])])
+    if not with_lse:
+        return out, None
+    none = torch.full((q.shape[1], rest), float("-inf"), device=q.device)
+    return out, torch.cat([*logs, none], 1)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+@torch.no_grad()
+def _lse(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    """`[B Hq S]`; torch does not return it, so the scores are written out."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    key = repeat(k, "b l h d -> b l (h g) d", g=q.shape[2] // k.shape[2]).to(wide)
+    scores = torch.einsum("bshd,blhd->bhsl", q.to(wide), key) * scale
+    if causal:
+        mask = causal_mask(q.shape[1], k.shape[1], q.device)
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.logsumexp(-1)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
+    if keys < queries and causal:  # the first queries see no key
+        blind = q.new_zeros(q.shape[0], queries - keys, *q.shape[2:])
+        return torch.cat([blind, _dense(q[:, queries - keys :], k, v, True, scale)], 1)
+    if keys == 0:
+        return q.new_zeros(q.shape)
     mask = causal_mask(queries, keys, q.device) if causal and 1 < queries < keys else None
     out = F.scaled_dot_product_attention(
         rearrange(q, "b s h d -> b h s d"),

@@ -46,10 +46,31 @@ def place_rows_reference(
 
 
 def place_rows_torch(text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tensor) -> Tensor:
-    """Plain torch: one table of rows, one gather, under autograd."""
-    table = rows if row_end is None else torch.cat([rows, row_end[None]])
-    index = torch.where(source == ROW_END, rows.shape[0], source).clamp(min=0)
-    return torch.where((source == TEXT)[:, None], text, table.to(text.dtype)[index])
+    """Plain torch, under autograd."""
+    if source.device.type == "cpu":
+        return _by_copies(text, rows, row_end, source)
+    return _by_masks(text, rows, row_end, source)
+
+
+def _by_copies(text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tensor) -> Tensor:
+    """Copies what is placed and nothing else; counts the places, so a GPU would be waited for."""
+    at = (source >= 0).nonzero()[:, 0]
+    out = text.index_copy(0, at, rows.index_select(0, source[at]).to(text.dtype))
+    if row_end is None:
+        return out
+    ends = (source == ROW_END).nonzero()[:, 0]
+    return out.index_copy(0, ends, row_end.to(text.dtype).expand(len(ends), -1))
+
+
+def _by_masks(text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tensor) -> Tensor:
+    """Without data-dependent shapes. Places without a row read some row, each another one: their
+    zero gradients would otherwise all be added to the same."""
+    spread = torch.arange(len(source), device=source.device) % len(rows)
+    placed = rows[torch.where(source >= 0, source, spread)].to(text.dtype)
+    out = torch.where((source == TEXT)[:, None], text, placed)
+    if row_end is None:
+        return out
+    return torch.where((source == ROW_END)[:, None], row_end.to(text.dtype), out)
 
 
 def place_rows(text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tensor) -> Tensor:

@@ -9,7 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llava_hd.kernels.backend import ELEMENTWISE, OPERATIONS, PRODUCTS, Blocks, Entry, Table
+from llava_hd.kernels.backend import (
+    ATTENTION,
+    ELEMENTWISE,
+    OPERATIONS,
+    PRODUCTS,
+    Blocks,
+    Entry,
+    Table,
+)
 
 
 def small_table(
@@ -23,6 +31,8 @@ def small_table(
         entries[name] = Entry(0 if name in used else None, blocks)
     for name in ELEMENTWISE:
         entries[name] = Entry(0, Blocks(16, 64))
+    for name in ATTENTION:
+        entries[name] = Entry(0, Blocks(32, 16))
     return Table("test", "", entries, "test")
 
 

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from llava_hd.kernels.flash_attention import flash_attention, flash_attention_reference
+from llava_hd.kernels.flash_attention import (
+    flash_attention,
+    flash_attention_reference,
+    flash_attention_with_lse,
+)
 
 
 def qkv(shape_q: tuple[int, ...], shape_k: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
@@ -62,7 +66,48 @@ def test_a_given_scale_is_used() -> None:
     assert not torch.allclose(out, flash_attention(*args))
 
 
-def test_cu_seqlens_that_do_not_cover_the_pack_are_refused() -> None:
+def test_cu_seqlens_beyond_the_pack_are_refused() -> None:
     q, k, v = qkv((8, 2, 4), (8, 2, 4))
-    with pytest.raises(ValueError, match="end at 7"):
-        flash_attention(q, k, v, cu_seqlens=torch.tensor([0, 7], dtype=torch.int32))
+    with pytest.raises(ValueError, match="end at 9"):
+        flash_attention(q, k, v, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))
+
+
+def test_rows_behind_the_last_end_belong_to_no_sequence() -> None:
+    args = qkv((8, 2, 4), (8, 2, 4))
+    for x in args:
+        x.data[5:] = float("nan")
+    out = flash_attention(*args, cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32))
+    assert out[5:].eq(0).all() and out.isfinite().all()
+    grads = torch.autograd.grad(out.sum(), args)
+    assert all(grad[5:].eq(0).all() and grad.isfinite().all() for grad in grads)
+
+
+def test_queries_without_keys_give_zeros() -> None:
+    args = qkv((1, 6, 2, 4), (1, 4, 2, 4))
+    out = flash_attention(*args, causal=True)
+    truth = flash_attention_reference(*args, causal=True)
+    assert out[:, :2].eq(0).all()
+    torch.testing.assert_close(out, truth)
+    for a, b in zip(
+        *(torch.autograd.grad(x.square().sum(), args) for x in (out, truth)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_log_of_the_sum_of_exponentials(causal: bool) -> None:
+    q, k, v = qkv((9, 2, 4), (9, 1, 4))
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    _, lse = flash_attention_with_lse(q, k, v, cu_seqlens=cu, causal=causal)
+    scores = torch.einsum("shd,ld->hsl", q[4:], k[4:, 0]) / 2
+    if causal:
+        scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(lse[:, 4:], scores.exp().sum(-1).log().detach())
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    q, k, v = qkv((1, 6, 2, 4), (1, 4, 2, 4))
+    with pytest.raises(ValueError, match=r"v \(1, 3, 2, 4\)"):
+        flash_attention(q, k, v[:, :3])
+    with pytest.raises(ValueError, match="6 packed queries, 4 keys"):
+        flash_attention(q[0], k[0], v[0], cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))

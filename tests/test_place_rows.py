@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_hd.kernels.place_rows import ROW_END, TEXT, place_rows, place_rows_reference
+from llava_hd.kernels.place_rows import (
+    ROW_END,
+    TEXT,
+    _by_masks,
+    place_rows,
+    place_rows_reference,
+)
 
 
 def inputs(places: int, rows: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -20,10 +26,11 @@ def inputs(places: int, rows: int, seed: int) -> tuple[torch.Tensor, ...]:
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 1000))
 def test_values_and_gradients_are_those_of_the_loop(places: int, rows: int, seed: int) -> None:
+    """The public function, and the form that torch takes on a GPU."""
     text, visual, end, source = inputs(places, rows, seed)
     weight = torch.randn(places, 5, dtype=torch.float64)
     results = []
-    for function in (place_rows, place_rows_reference):
+    for function in (place_rows, _by_masks, place_rows_reference):
         out = function(text, visual, end[0], source)
         gradients = torch.autograd.grad(
             (out * weight).sum(), (text, visual, end), allow_unused=True
@@ -31,10 +38,11 @@ def test_values_and_gradients_are_those_of_the_loop(places: int, rows: int, seed
         results.append(
             (out, [torch.zeros(1, dtype=torch.float64) if g is None else g for g in gradients])
         )
-    (ours, our_gradients), (loop, loop_gradients) = results
-    assert torch.equal(ours, loop)
-    for a, b in zip(our_gradients, loop_gradients, strict=True):
-        torch.testing.assert_close(a, b.expand_as(a))
+    *ours, (loop, loop_gradients) = results
+    for out, gradients in ours:
+        assert torch.equal(out, loop)
+        for a, b in zip(gradients, loop_gradients, strict=True):
+            torch.testing.assert_close(a, b.expand_as(a))
 
 
 def test_inputs_that_go_nowhere_receive_zeros_not_none() -> None:

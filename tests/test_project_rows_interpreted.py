@@ -33,7 +33,7 @@ def composed(x, w1, b1, w2, b2, text, row_end, source, rows=None) -> Tensor:  # 
     return place_rows_torch(text, gelu_mlp_torch(x, w1, b1, w2, b2, rows), row_end, source)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.integers(1, 80),
     st.integers(1, 50),
