@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ..kernels.backend import (
+    ATTENTION,
     ELEMENTWISE,
     OPERATIONS,
     PRODUCTS,
@@ -47,6 +48,16 @@ from .tune_tasks import Task, operation_calls, task
 Timer = Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]
 Say = Callable[[str], None]
 CHECK_ROWS = 1000  # not a multiple of any block
+TUNED_ATTENTION = tuple(name for name in ATTENTION if not name.endswith("256"))
+KERNELS = (*ELEMENTWISE, *PRODUCTS, *TUNED_ATTENTION)
+# The kernels that an operation always runs (a product has the library's to fall back on).
+NEEDS = {
+    "gelu_mlp": ("gelu_grad",),
+    "place_rows": ("place", "place_grad"),
+    "attention_dense": TUNED_ATTENTION,
+    "attention_packed": TUNED_ATTENTION,
+    "attention_tower": ("attention_tower_64",),
+}
 BUDGET_S = 0.5
 
 
@@ -72,6 +83,12 @@ def candidates(name: str, arch: str) -> list[Blocks]:
                 Blocks(64, 128, 32, 4, stages),
                 Blocks(128, 64, 64, 4, stages),
             ]
+    elif name in ATTENTION:
+        for stages in (1, 2, 3):
+            for warps in (4, 8):
+                shapes = [(64, 64), (128, 64), (64, 128), (128, 32), (32, 128)]
+                shapes += [(128, 128)] if arch == "sm_90" else [(64, 32), (32, 64)]
+                tried += [Blocks(r, c, warps=warps, stages=stages) for r, c in shapes]
     elif name == "gelu_grad":
         tried += [Blocks(rows, cols, warps=8) for rows in (16, 32, 64) for cols in (128, 256)]
     elif name == "place":
@@ -111,16 +128,17 @@ def tune(
 ) -> tuple[Table, list[Trial], list[Race]]:
     """The measured table (its `measured` is still empty) and everything that led to it."""
     table, trials, races = load_shipped(arch), [], []
-    for name in (*ELEMENTWISE, *PRODUCTS):
+    unusable: set[str] = set()
+    for name in KERNELS:
         found = [_try(name, b, table, sizes, device, dtype) for b in candidates(name, arch)]
-        right = [trial for trial in found if not trial.reason]
-        if right:
+        if not all(trial.reason for trial in found):
             largest = task(name, max(sizes.rows), table, sizes, device, dtype)
             found = _timed(found, largest, timer)
         trials += found
         best = min((t for t in found if t.ms is not None), key=_milliseconds, default=None)
         if best is None:
-            say(f"{name}: no candidate is right; it is never used")
+            say(f"{name}: no candidate is right; it is never used ({found[0].reason})")
+            unusable.add(name)
             table = _with(table, name, Entry(None, table.blocks(name)))
             continue
         start: int | None = 0
@@ -134,6 +152,11 @@ def tune(
             say(f"{name}: {best.blocks}, {best.ms:.4g} ms")
         table = _with(table, name, Entry(start, best.blocks))
     for name in OPERATIONS:
+        missing = sorted(unusable & set(NEEDS[name]))
+        if missing:
+            say(f"{name}: never used, for want of {', '.join(missing)}")
+            table = _with(table, name, Entry(None, None))
+            continue
         raced = []
         for rows in sizes.rows:
             ms = timer(operation_calls(name, rows, table, sizes, device, dtype))

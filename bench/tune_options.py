@@ -9,11 +9,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sizes:
-    """widths: vision, hidden, language. rows: the visual rows to try."""
+    """widths: vision, hidden, language. rows: the visual rows (for attention, tokens) to try.
+    heads: of attention in the language model, twice those of the tower."""
 
     widths: tuple[int, int, int] = (1024, 4096, 4096)
     rows: tuple[int, ...] = (1024, 2048, 4096, 16384, 65536)
     seed: int = 0
+    heads: int = 32
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

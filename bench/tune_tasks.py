@@ -7,7 +7,6 @@ rows stand in the sequence as maps with row-ends between text.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import launch, place_kernels
-from ..kernels.backend import Blocks, Table
+from ..kernels.backend import ATTENTION, Blocks, Table
 from ..kernels.gelu_mlp import (
     column_sums,
     gelu_mlp_torch,
@@ -23,29 +22,11 @@ from ..kernels.gelu_mlp import (
     library_weight_grad,
 )
 from ..kernels.place_rows import ROW_END, TEXT, Places, place_rows_torch, place_rows_triton
+from .tune_attention import attention_calls, attention_task
 from .tune_options import Sizes
+from .tune_task import Task
 
 MAP_WIDTH, TEXT_TOKENS = 32, 96  # rows in a map row before its row-end; text behind each 1,024 rows
-
-
-@dataclass
-class Task:
-    """One kernel at one size.
-
-    ours(blocks) and rival() return the tensors to compare, exact() the same in fp64. `restore` puts
-    back what a call overwrites (the hidden rows)."""
-
-    ours: Callable[[Blocks], tuple[Tensor, ...]]
-    rival: Callable[[], tuple[Tensor, ...]]
-    exact: Callable[[], tuple[Tensor, ...]]
-    restore: Callable[[], None]
-
-    def fresh(self, call: Callable[[Task], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The results of a call, as they were before anything else was overwritten."""
-        self.restore()
-        results = tuple(tensor.clone() for tensor in call(self))
-        self.restore()
-        return results
 
 
 def task(
@@ -53,8 +34,9 @@ def task(
 ) -> Task:
     """The task of a kernel (PRODUCTS or ELEMENTWISE); `table` has the blocks of what it needs
     beside."""
-    data = _data(rows, sizes, device, dtype)
-    return TASKS[name](data, table)
+    if name in ATTENTION:
+        return attention_task(name, rows, table, sizes, device, dtype)
+    return TASKS[name](_data(rows, sizes, device, dtype), table)
 
 
 def source_of(rows: int, device: torch.device) -> Tensor:
@@ -258,6 +240,8 @@ def operation_calls(
     name: str, rows: int, table: Table, sizes: Sizes, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], Any]]:
     """Forward and backward of an operation: "ours" and "torch"."""
+    if name.startswith("attention"):
+        return attention_calls(name, rows, table, sizes, device, dtype)
     data = _data(rows, sizes, device, dtype)
     if name == "gelu_mlp":
         learned = [data[key].requires_grad_() for key in ("w1", "b1", "w2", "b2")]

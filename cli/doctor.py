@@ -101,18 +101,26 @@ def probe_library(name: str, module: str, needed: bool, purpose: str, remedy: st
 
 
 def probe_attention() -> list[Finding]:
-    """Which `attention=` choices this machine can run."""
-    from ..model.attention import IMPLEMENTATIONS, refusal
+    """Which `attention=` choices this machine can run, and what `auto` takes for what."""
+    import torch
 
+    from ..model.attention import IMPLEMENTATIONS, auto_choice, default_device, refusal
+
+    device = default_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     findings = []
+    for kind in ("packed", "dense", "tower"):
+        chosen = auto_choice(f"attention_{kind}", device, dtype, rows=2**15)
+        detail = f"{kind}: {chosen.name} ({chosen.reason})"
+        findings.append(Finding("attention=auto", "ok", detail, False))
     for name in IMPLEMENTATIONS:
         reason = refusal(name)
         if reason is not None:
             remedy = "use attention=auto; or see the library above"
             findings.append(Finding(f"attention={name}", "missing", reason, False, remedy))
-        else:
-            detail = "flash_attention of kernels/, torch path" if name == "auto" else "transformers"
-            findings.append(Finding(f"attention={name}", "ok", detail, False))
+        elif name != "auto":
+            whose = "kernels/" if name == "triton" else "the library's"
+            findings.append(Finding(f"attention={name}", "ok", whose, False))
     return findings
 
 
@@ -120,13 +128,13 @@ def probe_kernels() -> list[Finding]:
     """Which path each operation takes on this machine, and why; on a GPU for bf16."""
     import torch
 
-    from ..kernels.backend import OPERATIONS, PRODUCTS, choose
+    from ..kernels.backend import PRODUCTS, choose
+    from ..model.attention import default_device
 
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    device = default_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     findings = []
-    for name in OPERATIONS:
+    for name in ("gelu_mlp", "place_rows"):
         choice = choose(name, device, dtype, rows=2**17)
         detail = f"{choice.path}: {choice.reason}"
         if choice.table is not None:
@@ -136,8 +144,7 @@ def probe_kernels() -> list[Finding]:
                 ours = [p for p in PRODUCTS if choice.table.uses(p, 2**17)]
                 detail += f"; products of our own: {', '.join(ours) or 'none'}"
         findings.append(Finding(f"kernel {name}", "ok", detail, False))
-    for name in ("flash_attention", "linear_loss"):
-        findings.append(Finding(f"kernel {name}", "ok", "torch: no Triton kernel yet", False))
+    findings.append(Finding("kernel linear_loss", "ok", "torch: no Triton kernel", False))
     return findings
 
 

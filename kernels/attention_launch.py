@@ -62,7 +62,8 @@ def forward(
     total, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, total, dtype=torch.float32, device=q.device)
-    blocks = table.blocks(blocks_name("forward", head_dim))
+    name = "attention_tower_64" if first_apart else blocks_name("forward", head_dim)
+    blocks = table.blocks(name)
     entries = schedule.query_blocks(blocks.rows, skip=int(first_apart))
     group = heads // k.shape[1]
     places = (

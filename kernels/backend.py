@@ -118,6 +118,12 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype, rows: int) 
     return Choice(table, reason)
 
 
+def forced(device: torch.device) -> Choice:
+    """Every Triton kernel at every size, for one who asks for them by name; table None and the
+    reason where they cannot run."""
+    return Choice(*_table_for(device.type, device.index, "triton", False))
+
+
 @cache
 def _table_for(kind: str, index: int | None, switch: str, fp32: bool) -> tuple[Table | None, str]:
     if switch not in ("", "torch", "triton"):

@@ -128,23 +128,47 @@ def _attend(
     _check(q, k, v, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if table is None and q.shape[-1] <= LARGEST_HEAD:
-        operation, rows = "attention_packed", q.shape[0]
-        if cu_seqlens is None:
-            operation, rows = _dense_operation(q, k, causal), q.shape[0] * q.shape[1]
+        operation, rows = operation_of(q, k, cu_seqlens is not None, causal)
         table = choose(operation, q.device, q.dtype, rows).table
-    if cu_seqlens is None:
-        if table is not None and q.numel() and k.numel():
-            return _dense_triton(q, k, v, causal, scale, table)
-        return _dense(q, k, v, causal, scale), _lse(q, k, causal, scale) if with_lse else None
-    if schedule is None:
+    if cu_seqlens is not None and schedule is None:
         schedule = pack_schedule(cu_seqlens, q.shape[0], causal)
-    if table is not None and q.numel():
-        from .attention_launch import Attention  # Triton is imported only where it runs
+    if table is None or not (q.numel() and k.numel()):
+        return _by_torch(q, k, v, schedule, causal, scale, with_lse)
+    if schedule is None:
+        return _dense_triton(q, k, v, causal, scale, table)
+    from .attention_launch import Attention  # Triton is imported only where it runs
 
-        with torch.cuda.device_of(q):
-            out, lse = Attention.apply(q, k, v, schedule, scale, table, False)
-        return out, lse * math.log(2)
-    return _packed(q, k, v, schedule, scale, with_lse)
+    with torch.cuda.device_of(q):
+        out, lse = Attention.apply(q, k, v, schedule, scale, table, False)
+    return out, lse * math.log(2)
+
+
+def flash_attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """torch's scaled_dot_product_attention, over packs (`schedule`) one sequence at a time."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _by_torch(q, k, v, schedule, causal, scale, False)[0]
+
+
+def _by_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: Schedule | None,
+    causal: bool,
+    scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if schedule is not None:
+        return _packed(q, k, v, schedule, scale, with_lse)
+    return _dense(q, k, v, causal, scale), _lse(q, k, causal, scale) if with_lse else None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -159,11 +183,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
         raise ValueError(f"flash_attention: {q.shape[0]} packed queries, {k.shape[0]} keys")
 
 
-def _dense_operation(q: Tensor, k: Tensor, causal: bool) -> str:
-    """The tower's shapes are measured apart: full attention over one token more than blocks of 64
+def operation_of(q: Tensor, k: Tensor, packed: bool, causal: bool) -> tuple[str, int]:
+    """The backend's name of the operation, and its rows (tokens).
+
+    The tower's shapes are measured apart: full attention over one token more than blocks of 64
     (257, 577) and heads up to 64."""
+    if packed:
+        return "attention_packed", q.shape[-3]
+    rows = q.shape[0] * q.shape[1]
     tower = not causal and q.shape[1] == k.shape[1] and q.shape[1] % TOWER_BLOCK == 1 < q.shape[1]
-    return "attention_tower" if tower and q.shape[-1] <= TOWER_HEAD else "attention_dense"
+    return ("attention_tower" if tower and q.shape[-1] <= TOWER_HEAD else "attention_dense"), rows
 
 
 def _dense_triton(
@@ -174,7 +203,7 @@ def _dense_triton(
     batch, queries = q.shape[:2]
     schedule = dense_schedule(batch, queries, k.shape[1], causal, q.device)
     flat = (x.flatten(0, 1) for x in (q, k, v))
-    apart = _dense_operation(q, k, causal) == "attention_tower"
+    apart = operation_of(q, k, False, causal)[0] == "attention_tower"
     with torch.cuda.device_of(q):
         out, lse = Attention.apply(*flat, schedule, scale, table, apart)
     lse = rearrange(lse, "h (b s) -> b h s", b=batch)

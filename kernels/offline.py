@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import place_kernels, products
+from . import attention_kernels, place_kernels, products
 from .backend import Blocks, Table
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -102,7 +102,7 @@ def variants(table: Table, dtype: str = "bf16") -> list[Variant]:
     chosen = {"GATHER": True, "SUMS": True, "PRECISION": "ieee"}
     kernel = products.weight_grad_kernel
     found.append(Variant("weight_grad", kernel, arguments, _tiles(chosen, blocks), blocks))
-    return found + _moving(table, flat, exact=dtype == "fp32")
+    return found + _moving(table, flat, exact=dtype == "fp32") + _attention(table, flat)
 
 
 def _moving(table: Table, flat: str, exact: bool) -> list[Variant]:
@@ -137,6 +137,57 @@ def _moving(table: Table, flat: str, exact: bool) -> list[Variant]:
     return found
 
 
+def _attention(table: Table, flat: str) -> list[Variant]:
+    """Causal attention over packs at head dimensions 64, 128 and 256, and the tower's."""
+    found = []
+    kinds = {
+        "forward": attention_kernels.forward_kernel,
+        "query_grad": attention_kernels.query_grad_kernel,
+        "key_grad": attention_kernels.key_grad_kernel,
+    }
+    for width in (64, 128, 256):
+        for kind, kernel in kinds.items():
+            name = f"attention_{kind}_{width}"
+            found.append(_attention_variant(name, kernel, flat, table.blocks(name), width, True))
+    blocks = table.blocks("attention_tower_64")
+    kernel = attention_kernels.forward_kernel
+    found.append(_attention_variant("attention_tower_64", kernel, flat, blocks, 64, False))
+    for name, kernel in (
+        ("first_query", attention_kernels.first_query_kernel),
+        ("delta", attention_kernels.delta_kernel),
+    ):
+        plain = Blocks(blocks.rows, blocks.cols)
+        variant = _attention_variant(f"attention_{name}", kernel, flat, plain, 128, True)
+        found.append(replace(variant, product=False))
+    return found
+
+
+def _attention_variant(
+    name: str, kernel: Any, flat: str, blocks: Blocks, width: int, causal: bool
+) -> Variant:
+    """Groups of four query heads over a key head where causal, none in the tower."""
+    kinds = {
+        **dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), flat),
+        **dict.fromkeys(("lse", "delta"), "*fp32"),
+        **dict.fromkeys(("cu_q", "cu_k", "schedule"), "*i32"),
+        **dict.fromkeys(("scale", "scale2"), "fp32"),
+    }
+    arguments = {}
+    for argument in kernel.arg_names:
+        if argument in kinds:
+            arguments[argument] = kinds[argument]
+        elif argument.startswith("stride_") or argument == "T":
+            arguments[argument] = "i32"
+    constants: dict[str, Any] = {
+        "GROUP": 4 if causal else 1,
+        "CAUSAL": causal,
+        "FIRST_APART": not causal,
+    }
+    constants |= {"D": width, "FULL_D": True, "BD": width, "PRECISION": None}
+    constants |= {"BM": blocks.rows, "BN": blocks.cols}
+    return Variant(name, kernel, arguments, constants, blocks)
+
+
 def _weight_type(blocks: Blocks, dtype: str, shape: list[int]) -> str:
     return f"tensordesc<{dtype}[{shape[0]},{shape[1]}]>" if blocks.tma else f"*{dtype}"
 
@@ -159,7 +210,7 @@ def compile_variant(variant: Variant, architecture: str) -> Code:
     signature = {name: variant.arguments.get(name, "constexpr") for name in fn.arg_names}
     constants = {name: variant.constants[name] for name, kind in signature.items()
                  if kind == "constexpr"}  # fmt: skip
-    aligned = [name for name, kind in signature.items() if kind[0] in "*i" and name != "R"]
+    aligned = [name for name, kind in signature.items() if kind[0] in "*i" and name not in "RT"]
     hints = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     kernel = triton.compile(
         ASTSource(fn, signature, constants, hints),

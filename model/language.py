@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..hd.errors import UsageError
+from ..kernels.flash_attention import pack_schedule
 from ..kernels.linear_loss import linear_loss
-from .attention import LLAVA_HD
+from .attention import OURS, SCHEDULE
 
 # Factors between the last hidden state and the logits, which LMHead does not apply.
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -37,7 +38,7 @@ def _refusal(causal_lm: PreTrainedModel, attention: str) -> str | None:
     if config.get("attn_logit_softcapping") is not None:
         return "its attention scores are capped (attn_logit_softcapping)"
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is not None and attention == LLAVA_HD:
+    if window is not None and attention in OURS:
         return f"its attention has a sliding window of {window}; choose attention=sdpa"
     return None
 
@@ -86,6 +87,9 @@ class LanguageModel(nn.Module):
 
     def read(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """A pack of embeddings `[T H]` -> last hidden states `[T H]`; sequences stay apart."""
+        schedule = {}
+        if self.causal_lm.config._attn_implementation in OURS:  # others do not know the keyword
+            schedule[SCHEDULE] = pack_schedule(cu_seqlens, len(x))
         return self.causal_lm.get_decoder()(
             inputs_embeds=x[None],
             position_ids=positions[None],
@@ -94,4 +98,5 @@ class LanguageModel(nn.Module):
             cu_seq_lens_k=cu_seqlens,
             max_length_q=max_seqlen,
             max_length_k=max_seqlen,
+            **schedule,
         ).last_hidden_state[0]

@@ -23,6 +23,7 @@ from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil
 from llava_hd.hd.errors import UsageError
 from llava_hd.hd.plan import plan_image
 from llava_hd.hd.tiler import tile_image
+from llava_hd.kernels import flash_attention
 from llava_hd.model.assemble import assemble
 from llava_hd.model.attention import refusal
 from llava_hd.model.generate import generate
@@ -201,6 +202,19 @@ def test_other_attention_implementations_agree_on_a_pack(attention: str, tmp_pat
     samples = [sample(ours, (120, 160), 0), text_sample(1), sample(ours, (33, 200), 2)]
     batch = pack(samples, ours.config)
     torch.testing.assert_close(other.logits(batch), ours.logits(batch), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_all_layers_share_one_schedule(next_pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = next_pair
+    batch = pack([sample(ours, (100, 90)), text_sample(1)], ours.config)
+    expected = ours.logits(batch)
+
+    def again(*args) -> None:
+        raise AssertionError("a layer worked the schedule out again")
+
+    monkeypatch.setattr(flash_attention, "pack_schedule", again)  # what a layer would call
+    assert torch.equal(ours.logits(batch), expected)
 
 
 def test_the_loss_of_a_pack_is_the_sum_of_its_samples_losses(next_pair) -> None:

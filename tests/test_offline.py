@@ -6,7 +6,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from llava_hd.kernels.backend import SHIPPED, Blocks, load_table
+from llava_hd.kernels.backend import PRODUCTS, SHIPPED, Blocks, load_table
 from llava_hd.kernels.offline import (
     SHARED_LIMIT,
     Variant,
@@ -22,7 +22,7 @@ CASES = [
     for architecture in ARCHITECTURES
     for dtype in ("bf16", "fp16")
     for variant in variants(load_table(architecture), dtype)
-    if dtype == "bf16" or variant.product
+    if dtype == "bf16" or variant.name in (*PRODUCTS, "attention_forward_128")
 ]
 
 
@@ -50,7 +50,8 @@ def test_shipped_blocks_compile_fit_and_spill_nothing(
     if variant.product:
         instruction = "HGMMA" if architecture == "sm_90" else "HMMA"
         assert code.instructions[instruction] > 0
-        assert code.instructions["LDGSTS"] > 0  # loads run ahead of the products
+        if variant.blocks.stages > 1:  # loads run ahead of the products
+            assert code.instructions["LDGSTS"] > 0
         assert (code.instructions["UTMALDG"] > 0) == variant.blocks.tma
 
 

@@ -7,16 +7,16 @@ import torch
 from kernel_checks import small_table
 
 from llava_hd.bench import tune as tuning
-from llava_hd.bench.tune import Race, first_win, tune, wrong
+from llava_hd.bench.tune import KERNELS, NEEDS, Race, Trial, candidates, first_win, tune, wrong
 from llava_hd.bench.tune_options import Sizes
-from llava_hd.bench.tune_tasks import TASKS, task
-from llava_hd.kernels.backend import ELEMENTWISE, OPERATIONS, PRODUCTS, Blocks, Table
+from llava_hd.bench.tune_tasks import task
+from llava_hd.kernels.backend import ATTENTION, ELEMENTWISE, OPERATIONS, PRODUCTS, Blocks, Table
 
 CPU = torch.device("cpu")
-SIZES = Sizes((24, 40, 36), (20, 70), 0)
+SIZES = Sizes((24, 40, 36), (20, 70), 0, heads=2)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_every_task_is_right_and_finds_a_wrong_result(name: str) -> None:
     table = small_table()
     made = task(name, 70, table, SIZES, CPU, torch.float16)
@@ -27,8 +27,31 @@ def test_every_task_is_right_and_finds_a_wrong_result(name: str) -> None:
     assert wrong(made, table.blocks(name)).startswith("result 0: error")
 
 
-def test_tasks_cover_every_kernel_of_a_table() -> None:
-    assert set(TASKS) == {*PRODUCTS, *ELEMENTWISE}
+def test_every_kernel_but_those_of_the_widest_heads_is_tuned() -> None:
+    untuned = {name for name in ATTENTION if name.endswith("256")}
+    assert set(KERNELS) == {*PRODUCTS, *ELEMENTWISE, *ATTENTION} - untuned
+    assert set(NEEDS) == set(OPERATIONS)
+    assert all(candidates(name, arch) for name in KERNELS for arch in ("sm_80", "sm_90"))
+
+
+def test_an_operation_is_never_used_without_a_kernel_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tuning, "load_shipped", lambda arch: small_table())
+    monkeypatch.setattr(tuning, "candidates", lambda name, arch: [small_table().blocks(name)])
+    monkeypatch.setattr(tuning, "wrong", lambda made, blocks: "")
+    monkeypatch.setattr(tuning, "KERNELS", ("place_grad", "gelu_grad"))
+    monkeypatch.setattr(
+        tuning, "_try",
+        lambda name, b, *rest: Trial(name, b, None, "wrong" if name == "place_grad" else ""),
+    )  # fmt: skip
+    faster = {"ours": 1.0, "torch": 2.0, "0": 1.0}
+    table, _, races = tune(
+        "test", SIZES, CPU, torch.float16, lambda calls: {key: faster[key] for key in calls}, print
+    )
+    assert table.entries["place_rows"].from_rows is None
+    assert table.entries["gelu_mlp"].from_rows == 20
+    assert "place_rows" not in {race.name for race in races}
 
 
 def race(rows: int, ratio: float) -> Race:
@@ -72,7 +95,7 @@ def test_a_table_follows_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None
         for call in calls.values():
             call()
         order = [line.split(":")[0] for line in told]
-        doing = next(n for n in (*ELEMENTWISE, *PRODUCTS, *OPERATIONS) if n not in order)
+        doing = next(n for n in (*KERNELS, *OPERATIONS) if n not in order)
         if "rival" in calls:
             races.append(doing)
             lost = doing == "down" or (doing == "up" and races.count("up") == 1)
@@ -87,7 +110,7 @@ def test_a_table_follows_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None
     starts = {name: table.entries[name].from_rows for name in (*PRODUCTS, *OPERATIONS)}
     assert starts == {
         "up": 70, "down": None, "hidden_grad": 20, "weight_grad": 20,
-        "gelu_mlp": 20, "place_rows": 20,
+        **dict.fromkeys(OPERATIONS, 20),
     }  # fmt: skip
     assert all(table.blocks(name) == second for name in PRODUCTS)
     refused = [trial for trial in trials if trial.reason]
