@@ -38,8 +38,30 @@ def test_only_the_named_rows_are_computed_and_receive_gradients() -> None:
     assert args[0].grad[[1, 2, 3, 5, 6, 7, 8]].eq(0).all()
 
 
-def test_gradients_pass_gradcheck_in_fp64() -> None:
-    assert torch.autograd.gradcheck(gelu_mlp, inputs(4, 3, 5, 2, torch.float64))
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("rows", [None, torch.tensor([3, 0, 0])])
+def test_gradients_pass_gradcheck_in_fp64(rows: torch.Tensor | None, recompute: bool) -> None:
+    def function(*args: torch.Tensor) -> torch.Tensor:
+        return gelu_mlp(*args, rows, recompute=recompute)
+
+    assert torch.autograd.gradcheck(function, inputs(4, 3, 5, 2, torch.float64))
+
+
+def test_recompute_keeps_only_the_inputs() -> None:
+    args = inputs(50, 3, 40, 2, torch.float64)
+    own = {x.data_ptr() for x in args}
+    kept: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    for recompute in (False, True):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            gelu_mlp(*args, recompute=recompute)
+        others = [tensor for tensor in kept if tensor.data_ptr() not in own]
+        assert bool(others) != recompute
 
 
 def test_shapes_that_do_not_chain_are_named() -> None:

@@ -14,8 +14,14 @@ import triton.language as tl
 from kernel_checks import assert_as_exact_as_torch, small_table
 from torch import Tensor
 
-from llava_hd.kernels.backend import PRODUCTS
-from llava_hd.kernels.gelu_mlp import gelu_mlp_reference, gelu_mlp_torch, gelu_mlp_triton
+from llava_hd.kernels import backend
+from llava_hd.kernels.backend import PRODUCTS, SWITCH
+from llava_hd.kernels.gelu_mlp import (
+    gelu_mlp,
+    gelu_mlp_reference,
+    gelu_mlp_torch,
+    gelu_mlp_triton,
+)
 from llava_hd.kernels.products import _normal
 
 WIDTHS = (40, 72, 48)  # vision, hidden, language
@@ -57,6 +63,28 @@ def random_grad(out: Tensor) -> Tensor:
 def test_values_and_gradients_at_many_sizes(count: int, dtype: torch.dtype) -> None:
     widths = ODD if count % 2 else WIDTHS
     check(inputs(count, widths, dtype), None, small_table(), random_grad)
+
+
+def test_no_rows_give_no_rows_and_zero_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "triton")
+    backend._table_for.cache_clear()
+    for rows in (None, torch.empty(0, dtype=torch.int64)):
+        args = inputs(0 if rows is None else 5, WIDTHS, torch.float32)
+        out = gelu_mlp(*args, rows)
+        assert out.shape == (0, WIDTHS[2])
+        grads = torch.autograd.grad(out.sum(), args)
+        assert all(grad.eq(0).all() for grad in grads)
+
+
+def test_the_public_function_takes_the_kernels_when_told_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(SWITCH, "triton")
+    backend._table_for.cache_clear()
+    args = inputs(3, WIDTHS, torch.float32)
+    out = gelu_mlp(*args)
+    assert type(out.grad_fn).__name__ == "_GeluMLPBackward"
+    torch.testing.assert_close(out, gelu_mlp_torch(*args), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -63,3 +63,12 @@ def test_a_wrong_source_length_is_named() -> None:
     text, visual, end, source = inputs(4, 2, 1)
     with pytest.raises(ValueError, match="source"):
         place_rows(text, visual, end[0], source[:-1])
+
+
+@pytest.mark.parametrize("function", [place_rows, _by_masks])
+def test_gradients_pass_gradcheck_in_fp64(function) -> None:  # type: ignore[no-untyped-def]
+    text, visual, end, _ = inputs(6, 3, 2)
+    source = torch.tensor([TEXT, 2, ROW_END, 0, 2, ROW_END])
+    assert torch.autograd.gradcheck(
+        lambda a, b, c: function(a, b, c[0], source), (text, visual, end)
+    )
