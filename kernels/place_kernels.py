@@ -12,6 +12,16 @@ from .launch import rows_in_memory
 
 
 @triton.jit
+def _text_or_end(text, row_end, number, t, stride_text, c, inside, HAS_END: tl.constexpr):
+    """What stands at place t without a row: its text (number -1) or the row-end (-2)."""
+    value = tl.load(text + t * stride_text + c, mask=inside & (number == -1), other=0.0)
+    if HAS_END:
+        end = tl.load(row_end + c, mask=inside & (number == -2), other=0.0)
+        value = tl.where(number == -2, end.to(value.dtype), value)
+    return value
+
+
+@triton.jit
 def place_kernel(
     text, rows, row_end, source, out, H, stride_text, stride_rows, stride_out,
     HAS_END: tl.constexpr, BLOCK: tl.constexpr,
@@ -25,10 +35,7 @@ def place_kernel(
         if number >= 0:
             value = tl.load(rows + number * stride_rows + c, mask=inside).to(out.dtype.element_ty)
         else:
-            value = tl.load(text + t * stride_text + c, mask=inside & (number == -1), other=0.0)
-            if HAS_END:
-                end = tl.load(row_end + c, mask=inside & (number == -2), other=0.0)
-                value = tl.where(number == -2, end.to(value.dtype), value)
+            value = _text_or_end(text, row_end, number, t, stride_text, c, inside, HAS_END)
         tl.store(out + t * stride_out + c, value, mask=inside)
 
 
@@ -51,10 +58,7 @@ def fill_kernel(
             if number >= 0:
                 value = tl.load(out + first * stride_out + c, mask=inside)
             else:
-                value = tl.load(text + t * stride_text + c, mask=inside & (number == -1), other=0.0)
-                if HAS_END:
-                    end = tl.load(row_end + c, mask=inside & (number == -2), other=0.0)
-                    value = tl.where(number == -2, end.to(value.dtype), value)
+                value = _text_or_end(text, row_end, number, t, stride_text, c, inside, HAS_END)
             tl.store(out + t * stride_out + c, value, mask=inside)
 
 

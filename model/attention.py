@@ -25,8 +25,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from ..hd.errors import UsageError
 from ..hd.grid import suggest
-from ..kernels.attention_schedule import Schedule
-from ..kernels.backend import choose, forced
+from ..kernels.backend import Table, choose, forced
 from ..kernels.flash_attention import flash_attention, operation_of
 from .attention_xformers import xformers_attention
 
@@ -114,16 +113,15 @@ def auto_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' signature: query `[B Hq S d]`, key and value `[B Hkv L d]` -> `[B S Hq d]`."""
+    inputs = (module, query, key, value, attention_mask)
     if attention_mask is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-    q, k, v = (rearrange(x, "b h s d -> b s h d") for x in (query, key, value))
-    causal, ends = bool(module.is_causal), kwargs.get("cu_seq_lens_q")
-    operation, rows = operation_of(q, k, ends is not None, causal)
+        return sdpa_attention_forward(*inputs, scaling=scaling, **kwargs)
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    q, k = (rearrange(x, "b h s d -> b s h d") for x in (query, key))
+    operation, rows = operation_of(q[0] if packed else q, k, packed, bool(module.is_causal))
     if auto_choice(operation, q.device, q.dtype, rows).name == "flash_attention_2":
-        return flash_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
-    return _by_ours(q, k, v, ends, causal, scaling, kwargs.get(SCHEDULE), None), None
+        return flash_attention_forward(*inputs, scaling=scaling, **kwargs)
+    return _by_ours(*inputs[:4], scaling, None, kwargs), None
 
 
 def triton_attention(
@@ -136,36 +134,33 @@ def triton_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The kernels of kernels/, whatever was measured; padded batches go to sdpa."""
+    inputs = (module, query, key, value, attention_mask)
     if attention_mask is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(*inputs, scaling=scaling, **kwargs)
     if query.is_cuda and query.dtype == torch.float32:
         raise UsageError("attention 'triton' needs fp16 or bf16 on a GPU, not fp32")
     choice = forced(query.device)
     if choice.table is None:
         raise UsageError(f"attention 'triton': {choice.reason}")
-    q, k, v = (rearrange(x, "b h s d -> b s h d") for x in (query, key, value))
-    causal, ends = bool(module.is_causal), kwargs.get("cu_seq_lens_q")
-    schedule = kwargs.get(SCHEDULE)
-    return _by_ours(q, k, v, ends, causal, scaling, schedule, choice.table), None
+    return _by_ours(*inputs[:4], scaling, choice.table, kwargs), None
 
 
 def _by_ours(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ends: Tensor | None,
-    causal: bool,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     scale: float | None,
-    schedule: Schedule | None,
-    table: Any,
+    table: Table | None,
+    given: dict[str, Any],
 ) -> Tensor:
+    q, k, v = (rearrange(x, "b h s d -> b s h d") for x in (query, key, value))
+    causal, ends = bool(module.is_causal), given.get("cu_seq_lens_q")
     if ends is None:
         return flash_attention(q, k, v, causal=causal, scale=scale, table=table)
     return flash_attention(
         q[0], k[0], v[0],
-        cu_seqlens=ends, causal=causal, scale=scale, schedule=schedule, table=table,
+        cu_seqlens=ends, causal=causal, scale=scale, schedule=given.get(SCHEDULE), table=table,
     )[None]  # fmt: skip
 
 
