@@ -1,8 +1,8 @@
 """The nano data set on disk: scenes as PNG, captions, instructions, POPE questions, boxes.
 
-    OUT/images/{train,test}_000000.png
-    OUT/pretrain.json                       captions, LLaVA's JSON
-    OUT/finetune.json                       rounds of questions and answers, LLaVA's JSON
+    OUT/images/{caption,train,test}_000000.png
+    OUT/pretrain.json                       captions of caption_*, LLaVA's JSON
+    OUT/finetune.json                       questions and answers on train_*, LLaVA's JSON
     OUT/pope/nano_pope_{random,popular,adversarial}.json    held-out scenes, POPE's JSON lines
     OUT/boxes.json                          image -> objects with their boxes
 
@@ -35,6 +35,9 @@ PAIRS = 12  # at most so many questions in one instruction
 # Smaller objects than in the towers' training (16 to 56 px): 14 px are 5 px in the base model's
 # view and 7 px in the HD model's tiles.
 STYLE = SceneStyle(min_side_px=14.0, max_side_px=36.0)
+# Stage 1's scenes hold the same objects twice as large: HD's stage 1 sees the whole scene in one
+# 56 px view, in which they are then as large as the small ones in stage 2's tiles.
+CAPTION_STYLE = SceneStyle(min_side_px=28.0, max_side_px=72.0)
 
 Progress = Callable[[int, int], None]
 
@@ -45,7 +48,7 @@ def scene_rng(seed: int, part: str, index: int, use: str) -> random.Random:
 
 
 def dataset_scene(seed: int, part: str, index: int, style: SceneStyle = STYLE) -> Scene:
-    """Scene `index` of "train" or "test"; it has at least `style.min_things` objects."""
+    """Scene `index` of "caption", "train" or "test"; at least `style.min_things` objects."""
     rng = scene_rng(seed, part, index, "draw")
     while True:
         scene = draw_scene(rng, style)
@@ -68,15 +71,17 @@ def image_name(part: str, index: int) -> str:
 def draw_dataset(
     out: Path, train: int, test: int, seed: int, progress: Progress | None = None
 ) -> None:
-    """Write the data set; `progress(done, total)` is called after each image."""
+    """Write the data set, `train` scenes for each of the two stages and `test` held-out ones;
+    `progress(done, total)` is called after each image."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "pope").mkdir(exist_ok=True)
     scenes = {
+        "caption": [dataset_scene(seed, "caption", i, CAPTION_STYLE) for i in range(train)],
         "train": [dataset_scene(seed, "train", i) for i in range(train)],
         "test": [dataset_scene(seed, "test", i) for i in range(test)],
     }
     _draw_images(scenes, out / "images", progress)
-    _write_json(out / "pretrain.json", caption_records(scenes["train"], seed))
+    _write_json(out / "pretrain.json", caption_records(scenes["caption"], seed))
     _write_json(out / "finetune.json", instruction_records(scenes["train"], seed))
     for split in SPLITS:
         questions = pope_questions(scenes["test"], scenes["train"], split, seed)
@@ -110,30 +115,30 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def caption_records(scenes: Sequence[Scene], seed: int) -> list[dict[str, Any]]:
-    """Stage 1: one caption each, in LLaVA's JSON."""
+    """Stage 1: one caption for each of the "caption" scenes, in LLaVA's JSON."""
     records = []
     for index, scene in enumerate(scenes):
-        text = caption(scene_rng(seed, "train", index, "caption"), scene.words)
-        records.append(_record(index, [("Describe the image.", text)]))
+        text = caption(scene_rng(seed, "caption", index, "text"), scene.words)
+        records.append(_record("caption", index, [("Describe the image.", text)]))
     return records
 
 
 def instruction_records(scenes: Sequence[Scene], seed: int) -> list[dict[str, Any]]:
-    """Stage 2: some rounds of question and answer each, in LLaVA's JSON."""
+    """Stage 2: some questions and answers on each of the "train" scenes, in LLaVA's JSON."""
     records = []
     for index, scene in enumerate(scenes):
         rng = scene_rng(seed, "train", index, "instruction")
-        records.append(_record(index, conversation(rng, scene.words, PAIRS)))
+        records.append(_record("train", index, conversation(rng, scene.words, PAIRS)))
     return records
 
 
-def _record(index: int, rounds: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _record(part: str, index: int, rounds: Sequence[tuple[str, str]]) -> dict[str, Any]:
     turns = []
     for number, (question, answer) in enumerate(rounds):
         tag = "<image>\n" if number == 0 else ""
         turns.append({"from": "human", "value": tag + question})
         turns.append({"from": "gpt", "value": answer})
-    name = image_name("train", index)
+    name = image_name(part, index)
     return {"id": name.removesuffix(".png"), "image": name, "conversations": turns}
 
 

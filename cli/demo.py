@@ -30,7 +30,7 @@ def build_parser(command: str) -> Parser:
     )
     parser.add_argument("--out", type=str, default="runs/demo", help="folder of everything made")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, data order and weights")
-    parser.add_argument("--train-scenes", type=int, default=None, help="scenes to learn from")
+    parser.add_argument("--train-scenes", type=int, default=None, help="scenes of each stage")
     parser.add_argument("--test-scenes", type=int, default=None, help="held-out scenes")
     parser.add_argument("--steps-1", type=int, default=None, help="steps of stage 1")
     parser.add_argument("--steps-2", type=int, default=None, help="steps of stage 2")

@@ -23,7 +23,14 @@ from llava_hd.bench.scene_text import (
     enumeration,
     exist_question,
 )
-from llava_hd.bench.scenes import SPLITS, dataset_scene, draw_dataset, native_pixels
+from llava_hd.bench.scenes import (
+    CAPTION_STYLE,
+    SPLITS,
+    STYLE,
+    dataset_scene,
+    draw_dataset,
+    native_pixels,
+)
 from llava_hd.hd.image import image_size, load_image
 
 TRAIN, TEST = 30, 12
@@ -53,7 +60,7 @@ def words_in(data: Path) -> dict[str, list[str]]:
 def test_the_same_seed_writes_the_same_bytes(data: Path, tmp_path: Path) -> None:
     draw_dataset(tmp_path, TRAIN, TEST, seed=3)
     files = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file())
-    assert len(files) == TRAIN + TEST + 6
+    assert len(files) == 2 * TRAIN + TEST + 6
     for file in files:
         assert (tmp_path / file).read_bytes() == (data / file).read_bytes(), file
 
@@ -66,7 +73,22 @@ def test_a_scene_does_not_depend_on_how_many_are_drawn(data: Path, tmp_path: Pat
 
 def test_another_seed_draws_other_scenes() -> None:
     assert dataset_scene(0, "train", 0) != dataset_scene(1, "train", 0)
-    assert dataset_scene(0, "train", 0) != dataset_scene(0, "test", 0)
+    parts = [dataset_scene(0, part, 0) for part in ("caption", "train", "test")]
+    assert len(set(parts)) == 3
+
+
+def test_stage_1_shows_the_objects_twice_as_large(data: Path) -> None:
+    table = json.loads((data / "boxes.json").read_text(encoding="utf-8"))
+    for part, style in (("caption", CAPTION_STYLE), ("train", STYLE), ("test", STYLE)):
+        sides = [
+            thing["box"][2]
+            for name, entry in table.items()
+            if name.startswith(part)
+            for thing in entry["objects"]
+        ]
+        assert style.min_side_px <= min(sides) and max(sides) <= style.max_side_px
+    assert CAPTION_STYLE.min_side_px == 2 * STYLE.min_side_px
+    assert CAPTION_STYLE.max_side_px == 2 * STYLE.max_side_px
 
 
 def test_icons_differ_from_each_other_even_at_eight_pixels() -> None:
@@ -180,9 +202,11 @@ def test_negatives_follow_their_strategy(data: Path) -> None:
 
 def test_llava_records_are_true_to_the_boxes(data: Path) -> None:
     known = words_in(data)
-    for file, tag in (("pretrain.json", "<image>\n"), ("finetune.json", "<image>\n")):
+    tag = "<image>\n"
+    for file, part in (("pretrain.json", "caption"), ("finetune.json", "train")):
         records = json.loads((data / file).read_text(encoding="utf-8"))
         assert len(records) == TRAIN
+        assert {record["image"].partition("_")[0] for record in records} == {part}
         for record in records:
             turns = record["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
@@ -201,7 +225,7 @@ def test_llava_records_are_true_to_the_boxes(data: Path) -> None:
 
 def test_images_load_at_their_written_size(data: Path) -> None:
     table = json.loads((data / "boxes.json").read_text(encoding="utf-8"))
-    for name in ("train_000000.png", "test_000003.png"):
+    for name in ("caption_000001.png", "train_000000.png", "test_000003.png"):
         assert list(image_size(load_image(data / "images" / name))) == table[name]["size"]
 
 
