@@ -96,12 +96,15 @@ def add_image_token(tokenizer: Any, causal_lm: PreTrainedModel) -> int:
     return tokenizer.convert_tokens_to_ids(IMAGE_TAG)
 
 
+ROW_END = "projector.row_end"
+
+
 def take_projector(model: LlavaHD, folder: str | Path) -> None:
     """Copy projector and row-end from a stage-1 folder of ours."""
     read_config_json(folder)
-    state = read_state(Path(folder), prefixes=("projector.", "placer."))
-    ours = {k: v for k, v in model.state_dict().items() if k.startswith(("projector.", "placer."))}
-    if not any(name.startswith("projector.") for name in state):
+    state = read_state(Path(folder), prefixes=("projector.",))
+    ours = {k: v for k, v in model.state_dict().items() if k.startswith("projector.")}
+    if not set(state) - {ROW_END}:
         raise UsageError(f"model folder {folder} holds no projector; give the folder of a stage 1")
     for name, tensor in state.items():
         if name in ours and ours[name].shape != tensor.shape:
@@ -110,8 +113,8 @@ def take_projector(model: LlavaHD, folder: str | Path) -> None:
                 f"{tuple(ours[name].shape)}; stage 1 was made for other parts"
             )
     # A stage 1 without row-ends may precede a model that has them: theirs is learned in stage 2.
-    missing = [k for k in ours if k not in state and k != "placer.row_end"]
-    unknown = [k for k in state if k not in ours and k != "placer.row_end"]
+    missing = [k for k in ours if k not in state and k != ROW_END]
+    unknown = [k for k in state if k not in ours and k != ROW_END]
     if missing or unknown:
         raise DataError(
             f"model folder {folder}: its projector has other tensors ({(missing + unknown)[0]}); "

@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel, PreTrainedModel
 from .config import LlavaHDConfig
 from .language import LanguageModel
 from .packing import PackedBatch
-from .projector import Placer, build_projector
+from .projector import build_projector
 from .vision import VisionTower
 
 
@@ -28,7 +28,7 @@ class Output:
 class LlavaHD(nn.Module):
     """The model. `forward` reads a pack and returns its loss; `hidden` and `logits` stop earlier.
 
-    Parts: `vision`, `projector`, `placer` (holds the row-end), `language`. Build it with
+    Parts: `vision`, `projector` (holds the row-end), `language`. Build it with
     `from_pretrained`, or from a tower and a language model with model/assemble.py.
     """
 
@@ -39,14 +39,14 @@ class LlavaHD(nn.Module):
         self.config = config
         self.vision = VisionTower(clip, config.vision_layer)
         self.language = LanguageModel(causal_lm)
-        width = self.language.width
-        self.projector = build_projector(config.projector, clip.config.hidden_size, width)
-        self.placer = Placer(width, config.hd.row_end)
+        self.projector = build_projector(
+            config.projector, clip.config.hidden_size, self.language.width, config.hd.row_end
+        )
 
     @property
     def row_end(self) -> Tensor | None:
         """The learned row-end `[H]`, or None."""
-        return self.placer.row_end
+        return self.projector.row_end
 
     @property
     def device(self) -> torch.device:
@@ -55,9 +55,8 @@ class LlavaHD(nn.Module):
     def embeddings(self, batch: PackedBatch) -> Tensor:
         """The packed embedding sequence `[T H]`: text, visual rows and row-ends in their places."""
         features = self.vision(batch.tiles)  # [N P D]
-        rows = self.projector(features, batch.rows)  # [R H]
         text = self.language.embed(batch.ids)  # [T H]
-        return self.placer(text, rows, batch.source)  # [T H]
+        return self.projector(text, features, batch.rows, batch.source)  # [T H]
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states `[T H]`."""

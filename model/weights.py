@@ -1,7 +1,7 @@
 """Model folders: our own, written and read; transformers' llava_next and llava, read.
 
 Ours is `config.json` (LlavaHDConfig) and safetensors whose names are the module's own
-(`vision.clip.…`, `projector.…`, `placer.row_end`, `language.causal_lm.…`), in shards of 5 GB with
+(`vision.clip.…`, `projector.…`, `language.causal_lm.…`), in shards of 5 GB with
 an index. Nothing is unpickled, nothing stays random: every tensor is placed or named in an error.
 """
 
@@ -150,7 +150,6 @@ def cast_own_parts(model: LlavaHD, dtype: torch.dtype) -> LlavaHD:
     model would also cast the rotary frequencies, which must stay fp32: in bf16 the rotation is off
     by more than a radian at position 1,500."""
     model.projector.to(dtype)
-    model.placer.to(dtype)
     return model
 
 
@@ -222,5 +221,5 @@ def _load_foreign(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
     model.projector.weight_2.data = linears.linear_2.weight.data
     model.projector.bias_2.data = linears.linear_2.bias.data
     if config.hd.row_end:
-        model.placer.row_end = torch.nn.Parameter(theirs.model.image_newline.data)
+        model.projector.row_end = torch.nn.Parameter(theirs.model.image_newline.data)
     return cast_own_parts(model, dtype)

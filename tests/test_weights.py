@@ -36,7 +36,7 @@ def edit(folder: Path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["projector.bias_1", "placer.row_end", "vision.clip.pre_layrnorm.weight",
+    "name", ["projector.bias_1", "projector.row_end", "vision.clip.pre_layrnorm.weight",
              "language.causal_lm.model.norm.weight"],
 )  # fmt: skip
 def test_a_missing_tensor_is_named_and_nothing_stays_random(folder: Path, name: str) -> None:

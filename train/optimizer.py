@@ -10,13 +10,13 @@ from torch import nn
 from ..model.llava_hd import LlavaHD
 from .config import OptimizerConfig
 
-PROJECTOR_PARTS = ("projector.", "placer.")
+PROJECTOR = "projector."  # the row-end is one of its parameters
 
 
 def freeze(model: LlavaHD, stage: str) -> None:
     """Leave only the stage's parameters to be trained: the tower never is."""
     for name, parameter in model.named_parameters():
-        is_projector = name.startswith(PROJECTOR_PARTS)
+        is_projector = name.startswith(PROJECTOR)
         is_language = name.startswith("language.")
         parameter.requires_grad_(is_projector or (is_language and stage == "finetune"))
 
@@ -27,7 +27,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "projector" if name.startswith(PROJECTOR_PARTS) else "language"
+            part = "projector" if name.startswith(PROJECTOR) else "language"
             groups.setdefault((part, parameter.dim() > 1), []).append(parameter)
     projector_lr = config.lr if config.projector_lr is None else config.projector_lr
     return torch.optim.AdamW(
