@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-from .kernels_cases import cases_of
+from .attention_providers import attention_providers
+from .attention_setting import Setting
+from .attention_shapes import checked_shape
+from .kernels_cases import Case, cases_of
 from .kernels_options import (
     DESCRIPTION,
     DTYPES,
@@ -27,7 +30,7 @@ from .kernels_options import (
     add_options,
     request_of,
 )
-from .kernels_providers import compiled, providers_of
+from .kernels_providers import Call, Provider, compiled, providers_of
 from .kernels_rows import COLUMNS, Row, ratios_of, row_cells, row_record
 from .kernels_trial import BUDGET_S, try_case
 from .measure import (
@@ -85,7 +88,6 @@ def _batches(
     request: Request, device: torch.device, record: dict[str, Any], say: Say
 ) -> Iterator[list[Row]]:
     """The rows of each case as it is finished; fills the record's rooflines and kernels."""
-    path = f"torch.compile of eager, {'dynamic' if request.quick else 'static'} shapes"
     for name in request.dtypes or (("bf16",) if device.type == "cuda" else ("fp32",)):
         dtype = getattr(torch, DTYPES[name])
         roof = measure_roofline(device, dtype, request.quick, request.seed)
@@ -96,15 +98,34 @@ def _batches(
         for number, case in enumerate(cases, start=1):
             # A quick run compiles once for each operation, a full one for each shape.
             due = not request.quick or case.op != before
-            if due and "compile" in request.providers:
+            if due and "compile" in request.providers and case.attention is None:
                 compile_call, before = compiled(case.op, dynamic=request.quick), case.op
-            everyone = providers_of(case, dtype, device, compile_call, path)
-            asked = [p for p in everyone if p.name in request.providers]
-            rows, kernels = try_case(case, dtype, device, asked, roof, request.seed)
+            asked, checkers = _providers(case, request, dtype, device, compile_call)
+            rows, kernels = try_case(case, dtype, device, asked, roof, request.seed, checkers)
             for provider, names in kernels.items():
                 record["kernels"][f"{case.label} {name} {provider}"] = names
             say(f"[{number}/{len(cases)}] {case.label}: {_summary(rows)}")
             yield rows
+
+
+def _providers(
+    case: Case,
+    request: Request,
+    dtype: torch.dtype,
+    device: torch.device,
+    compile_call: Call | None,
+) -> tuple[list[Provider], list[Provider]]:
+    """Who was asked, for the case and for the one at which errors are measured."""
+    if case.attention is None:
+        path = f"torch.compile of eager, {'dynamic' if request.quick else 'static'} shapes"
+        everyone = providers_of(case, dtype, device, compile_call, path)
+        asked = [p for p in everyone if p.name in request.providers]
+        return asked, asked
+    asked, checkers = (
+        attention_providers(Setting(shape, case.attention, dtype, device), request.providers)
+        for shape in (case.attention, checked_shape(case.attention))
+    )
+    return asked, checkers
 
 
 def _summary(rows: list[Row]) -> str:

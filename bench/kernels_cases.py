@@ -9,6 +9,7 @@ rows, V vocabulary; b bytes of a number.
 | place_rows | 0; 0 | (RH + text H + TH)b + 8T; (2TH + RH + H)b + 8T |
 | project_place | as gelu_mlp | (RD + W + text H + TH)b + t; (RD + 2W + 2TH + H)b + t |
 | linear_loss | 2LHV; 4LHV | (LH + VH)b + 16L; (LH + TH + 2VH)b + 16L |
+| attention_… | attention_shapes.py | attention_shapes.py |
 
 W = FD + F + HF + H, the projector's parameters; t = 8(R + T), the tables. The features have no
 gradient (CLIP is frozen in both stages), so backward has no product for it. "Useful" and "least"
@@ -19,7 +20,7 @@ need not, gets no credit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.place_rows import ROW_END, TEXT
+from .attention_shapes import OPERATIONS as ATTENTION
+from .attention_shapes import Shape, checked_shape, shapes_of
 from .kernels_layout import Layout, place_layout, project_layout
 
 Tensors = dict[str, Tensor]
@@ -45,7 +48,8 @@ LABEL_SHARE = 8  # one row in eight carries a label
 class Case:
     """One operation at one shape; letters as above. `all_rows`: feature rows before any is dropped.
 
-    A letter that the operation does not have is 0.
+    A letter that the operation does not have is 0. Attention has a shape of its own instead; its
+    rows are explained there.
     """
 
     op: str
@@ -60,6 +64,7 @@ class Case:
     labels: int = 0
     vocabulary: int = 0
     layout: Layout | None = None
+    attention: Shape | None = None
 
     @property
     def keep(self) -> float:
@@ -73,13 +78,30 @@ class Case:
         return f"{self.op} {self.size} R={self.rows}{keep}"
 
     @property
+    def terms(self) -> int:
+        """How many numbers its longest sum adds up, as far as rows and tokens tell."""
+        if self.attention is not None:
+            return max(self.attention.longest, self.attention.head_dim)
+        return max(self.rows, self.tokens)
+
+    @property
+    def checked(self) -> Case:
+        """The case at which errors are measured: this one, or a smaller attention."""
+        if self.attention is None or (shape := checked_shape(self.attention)) == self.attention:
+            return self
+        return replace(self, attention=shape, tokens=shape.tokens)
+
+    @property
     def modes(self) -> tuple[str, ...]:
         """What is timed. Our loss makes its gradients in forward, so backward alone is no task."""
         return ("forward", "both") if self.op == "linear_loss" else MODES
 
     def work(self, mode: str, itemsize: int) -> tuple[float, float]:
         """(useful floating-point operations, least bytes) of forward, backward or both."""
-        forward, backward = COUNTS[self.op](self, itemsize)
+        if self.attention is not None:
+            forward, backward = self.attention.work(itemsize)
+        else:
+            forward, backward = COUNTS[self.op](self, itemsize)
         if mode == "forward":
             return forward
         if mode == "backward":
@@ -133,6 +155,11 @@ def cases_of(op: str, rows: tuple[int, ...] | None, quick: bool) -> list[Case]:
 
     project_place works on whole images of five tiles: rows are rounded to a number of images.
     """
+    if op in ATTENTION:
+        return [
+            Case(op, size, count, count, shape.tokens, 0, 0, 0, 0, attention=shape)
+            for size, count, shape in shapes_of(op, rows, quick)
+        ]
     sizes = ("small",) if quick else (("7B",) if op == "linear_loss" else ("7B", "13B"))
     own = QUICK_ROWS if quick else (LOSS_ROWS if op == "linear_loss" else ROWS)
     made = [
@@ -198,6 +225,12 @@ def make_problem(case: Case, dtype: torch.dtype, device: torch.device, seed: int
         tensors["hidden"] = normal(case.rows, case.h)
         tensors["weight"] = normal(case.vocabulary, case.h, scale=case.h**-0.5)
         grad = torch.ones((), device=device)
+    elif case.attention is not None:
+        queries, keys = (
+            case.attention.size(n) for n in (case.attention.heads, case.attention.kv_heads)
+        )
+        tensors |= {"q": normal(*queries), "k": normal(*keys), "v": normal(*keys)}
+        grad = normal(*queries)
     else:
         grad = normal(case.tokens or case.rows, case.h)
     tables = _tables(case, device, seed)
@@ -211,6 +244,8 @@ def _tables(case: Case, device: torch.device, seed: int) -> Tensors:
         random = np.random.default_rng(seed)
         arrays["label_rows"] = np.sort(random.choice(case.rows, case.labels, replace=False))
         arrays["targets"] = random.integers(0, case.vocabulary, case.labels)
+    elif case.attention is not None:
+        arrays["cu_seqlens"] = np.array(case.attention.ends, dtype=np.int32)
     elif case.layout is not None:
         rows, source = case.layout.tables()
         arrays = {

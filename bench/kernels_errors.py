@@ -5,7 +5,7 @@ Every provider's output and gradients are compared with the same operation in fp
 
     wrong if  error > 2 * eager's error + floor
     floor = eps / 4 * max |fp64|             bf16 (eps 2^-7), fp16 (2^-10)
-    floor = eps * sqrt(n) * max |fp64|       fp32 (2^-23), n the rows or tokens of the case
+    floor = eps * sqrt(n) * max |fp64|       fp32 (2^-23), n as in Case.terms
 
 The 16-bit floor is a quarter of the spacing at the largest value; it is there because eager's own
 error is zero where an operation only copies, and small by luck where the result is one number (the
@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..kernels.flash_attention import flash_attention_reference
 from ..kernels.gelu_mlp import gelu_mlp_reference
 from ..kernels.linear_loss import linear_loss_reference
 from .kernels_cases import Case, Problem, Tensors
@@ -55,6 +57,11 @@ def _exact_project_place(t: Tensors, tables: Tensors) -> Tensor:
     return eager_place(rows, t, tables)
 
 
+def _exact_attention(t: Tensors, tables: Tensors, causal: bool, packed: bool = False) -> Tensor:
+    ends = tables["cu_seqlens"] if packed else None
+    return flash_attention_reference(t["q"], t["k"], t["v"], cu_seqlens=ends, causal=causal)
+
+
 # The definitions of kernels/. Placing is eager's: place_rows_reference is a loop whose backward
 # takes quadratic time; the tests hold both equal.
 EXACT: dict[str, Call] = {
@@ -64,6 +71,9 @@ EXACT: dict[str, Call] = {
     "linear_loss": lambda t, tables: linear_loss_reference(
         t["hidden"], t["weight"], tables["label_rows"], tables["targets"]
     ),
+    "attention_dense": partial(_exact_attention, causal=True),
+    "attention_packed": partial(_exact_attention, causal=True, packed=True),
+    "attention_tower": partial(_exact_attention, causal=False),
 }
 
 

@@ -8,17 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OPERATIONS = ("gelu_mlp", "place_rows", "project_place", "linear_loss")
-PROVIDERS = ("ours", "eager", "compile", "llava", "liger", "xformers")
+from .attention_shapes import OPERATIONS as ATTENTION_OPERATIONS
+
+ATTENTION = "attention"  # short for the three operations of attention_shapes.py
+OPERATIONS = ("gelu_mlp", "place_rows", "project_place", "linear_loss", *ATTENTION_OPERATIONS)
+PROVIDERS = (
+    "ours", "eager", "compile", "llava", "liger", "xformers",
+    "ours-triton", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "padded", "flex",
+    "varlen", "flash-attn",
+)  # fmt: skip
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MOST_ROWS = 2**22
-DESCRIPTION = """Time our kernels against eager torch, torch.compile and LLaVA's own sequence of
-operations. Median and 20/80 quantiles of forward, backward and both; TFLOP/s, GB/s, share of the
-roofline measured in the same run, memory, and the error against fp64: a provider that is wrong
-gets no time. kernels.csv and kernels.json go to bench/results/DEVICE/DATE or to --out."""
+DESCRIPTION = """Time our kernels against eager torch, torch.compile, LLaVA's own sequence of
+operations, and for attention torch's, xformers' and flash-attn's kernels. Median and 20/80
+quantiles of forward, backward and both; TFLOP/s, GB/s, share of the roofline measured in the same
+run, memory, and the error against fp64: a provider that is wrong gets no time. kernels.csv and
+kernels.json go to bench/results/DEVICE/DATE or to --out."""
 EXAMPLES = (
     "--quick",
     "--ops gelu_mlp --rows 16384 65536",
+    "--ops attention --providers ours eager sdpa-flash sdpa-cudnn",
     "--ops project_place --dtype bf16 fp16 --out runs/kernels",
     "--quick --json",
 )
@@ -51,8 +60,10 @@ class Request:
 def add_options(parser: Any) -> None:
     """The options, on an argparse parser or on one with the same `add_argument`."""
     add = parser.add_argument
-    add("--ops", type=str, nargs="+", metavar="OP", help=f"of {', '.join(OPERATIONS)}; all")
-    add("--rows", type=int, nargs="+", metavar="R", help="feature rows; else a list from 576 up")
+    listed = f"of {', '.join(OPERATIONS)}, {ATTENTION}; all"
+    add("--ops", "--op", type=str, nargs="+", metavar="OP", help=listed)
+    rows = "feature rows; of attention: tokens, tiles; else each operation's list"
+    add("--rows", type=int, nargs="+", metavar="R", help=rows)
     add("--dtype", type=str, nargs="+", metavar="T", help="bf16, fp16, fp32; bf16, on a CPU fp32")
     add("--providers", type=str, nargs="+", metavar="P", help=f"of {', '.join(PROVIDERS)}; all")
     add("--device", type=str, metavar="D", help="cpu or cuda[:N]; cuda where there is one")
@@ -64,7 +75,7 @@ def add_options(parser: Any) -> None:
 
 def request_of(args: Namespace, command: str) -> Request:
     """The request of parsed options; RefusedOption where one cannot be."""
-    ops = _known("--ops", args.ops, OPERATIONS)
+    ops = _known("--ops", _spelled_out(args.ops), OPERATIONS, extra=(ATTENTION,))
     providers = _known("--providers", args.providers, PROVIDERS)
     if "eager" not in providers:
         raise RefusedOption("--providers: add eager; errors are measured against its own")
@@ -87,9 +98,19 @@ def request_of(args: Namespace, command: str) -> Request:
     )
 
 
-def _known(option: str, given: Sequence[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The given names in the table's order, or all of them."""
+def _spelled_out(given: Sequence[str] | None) -> list[str] | None:
+    """The given operations, "attention" as its three."""
+    if given is None:
+        return None
+    return [op for name in given for op in (ATTENTION_OPERATIONS if name == ATTENTION else (name,))]
+
+
+def _known(
+    option: str, given: Sequence[str] | None, known: tuple[str, ...], extra: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """The given names in the table's order, or all of them; `extra`: other words to offer."""
     for name in given or ():
         if name not in known:
-            raise RefusedOption(f"{option} {name!r} is unknown; there is {', '.join(known)}")
+            offered = ", ".join((*known, *extra))
+            raise RefusedOption(f"{option} {name!r} is unknown; there is {offered}")
     return tuple(name for name in known if not given or name in given)

@@ -62,13 +62,19 @@ SAME = Form(
 
 @dataclass(frozen=True)
 class Provider:
-    """A name with its call; without one, the reason. path: what runs behind the name."""
+    """A name with its call; without one, the reason. path: what runs behind the name.
+
+    untimed: why it is checked but not timed. setup_ms: what `call` had built for it beforehand,
+    once for a batch.
+    """
 
     name: str
     call: Call | None
     path: str = ""
     reason: str = ""
     form: Form = SAME
+    untimed: str = ""
+    setup_ms: float | None = None
 
     def run(self, tensors: Tensors, tables: Tensors) -> Tensor:
         """Call it, on tensors in its own form."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from .attention_shapes import Shape, checked_shape
 from .kernels_cases import Case
 from .measure import Roofline, Times, quantiles
 
@@ -19,6 +20,11 @@ class Row:
     (kernels_cases.py) per time. roofline: least possible time on this device over the time taken.
     peak_mib: most memory above the inputs (CUDA only). saved_mib: kept for backward. error_output,
     error_gradients: max |x - fp64|; error_vs_eager: the largest ratio to eager's own error.
+
+    For attention, whose rows are explained in attention_shapes.py: heads, kv_heads, head_dim,
+    sequences, longest (tokens); checked: the smaller shape at which errors were measured, "" for
+    this one; setup_ms: what is built once for a batch and shared by all layers, outside of `ms`
+    (our schedule, flex_attention's block mask).
     """
 
     op: str
@@ -36,6 +42,13 @@ class Row:
     provider: str
     path: str
     mode: str
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    sequences: int = 0
+    longest: int = 0
+    checked: str = ""
+    setup_ms: float | None = None
     ms: float | None = None
     ms_p20: float | None = None
     ms_p80: float | None = None
@@ -81,9 +94,16 @@ class Ratio:
 
 
 def blank_row(
-    case: Case, dtype: str, provider: str, mode: str, path: str = "", reason: str = ""
+    case: Case,
+    dtype: str,
+    provider: str,
+    mode: str,
+    path: str = "",
+    reason: str = "",
+    setup_ms: float | None = None,
 ) -> Row:
     """A row without figures."""
+    shape = case.attention
     return Row(
         op=case.op,
         size=case.size,
@@ -101,7 +121,23 @@ def blank_row(
         path=path,
         mode=mode,
         reason=reason,
+        setup_ms=None if setup_ms is None else short(setup_ms),
+        **({} if shape is None else _attention_columns(shape)),
     )
+
+
+def _attention_columns(shape: Shape) -> dict[str, Any]:
+    """The columns that only attention has."""
+    at = checked_shape(shape)
+    checked = f"{len(at.lengths)} x up to {at.longest} tokens" if at != shape else ""
+    return {
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "sequences": len(shape.lengths),
+        "longest": shape.longest,
+        "checked": checked,
+    }
 
 
 def figures(

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 
+from .attention_spots import error_of_rows, exact_rows, spots
 from .kernels_cases import Case, Problem, make_problem
 from .kernels_errors import (
+    OUTPUT,
     Errors,
     against_eager,
+    allowed,
     errors_against,
     exact_results,
     fault,
@@ -38,15 +41,24 @@ def try_case(
     asked: list[Provider],
     roof: Roofline,
     seed: int,
+    checkers: list[Provider] | None = None,
 ) -> tuple[list[Row], dict[str, list[str]]]:
     """All rows of a case, and the names of the CUDA kernels by provider.
 
-    Who is right is timed; the others' rows say why not.
+    Who is right is timed; the others' rows say why not. checkers: the same providers for
+    `case.checked`, where errors are measured at another size.
     """
     name = SHORT[dtype]
     try:
-        problem = make_problem(case, dtype, device, seed)
-        errors, reasons = _check(asked, case, problem, dtype)
+        checked = make_problem(case.checked, dtype, device, seed)
+        errors, reasons = _check(checkers or asked, case.checked, checked, dtype)
+        known = {p.name: p.reason or p.untimed for p in asked if p.call is None or p.untimed}
+        reasons = known | reasons
+        problem = checked
+        if case.checked != case:
+            del checked
+            problem = make_problem(case, dtype, device, seed)
+            reasons |= _at_full_size(asked, case, problem, errors, reasons)
         right = [p for p in asked if p.name not in reasons]
         measured = _measure(right, problem, device)
     except torch.OutOfMemoryError:
@@ -62,7 +74,7 @@ def try_case(
 def _blank(asked: list[Provider], case: Case, dtype: str, reasons: dict[str, str]) -> list[Row]:
     """A row for each provider and mode; a single one where there is no such operation."""
     return [
-        blank_row(case, dtype, p.name, mode, p.path, reasons.get(p.name, ""))
+        blank_row(case, dtype, p.name, mode, p.path, reasons.get(p.name, ""), p.setup_ms)
         for p in asked
         for mode in (case.modes if p.call is not None else case.modes[-1:])
     ]
@@ -99,7 +111,6 @@ def _check(
     errors: dict[str, Errors] = {}
     reasons = {p.name: p.reason for p in asked if p.call is None}
     exact = exact_results(case, problem)
-    n = max(case.rows, case.tokens)
     for provider in asked:
         if provider.call is None:
             continue
@@ -112,9 +123,44 @@ def _check(
             continue
         if "eager" not in errors:
             reasons[provider.name] = "not checked: eager, the yardstick of errors, does not run"
-        elif (why := fault(errors[provider.name], errors["eager"], dtype, n)) is not None:
+        elif (why := fault(errors[provider.name], errors["eager"], dtype, case.terms)) is not None:
             reasons[provider.name] = why
     return errors, reasons
+
+
+def _at_full_size(
+    asked: list[Provider],
+    case: Case,
+    problem: Problem,
+    errors: dict[str, Errors],
+    reasons: dict[str, str],
+) -> dict[str, str]:
+    """Reasons of those who are right at the smaller size and not at this one."""
+    assert case.attention is not None
+    if "eager" not in errors:
+        return {}
+    rows = spots(case.attention)
+    exact = exact_rows(case.attention, problem.tensors, rows)
+    dtype, eager = problem.grad.dtype, errors["eager"]
+    limit = allowed(eager.output, eager.scale[OUTPUT], dtype, case.terms)
+    found: dict[str, str] = {}
+    for provider in asked:
+        if provider.name in reasons:
+            continue
+        try:
+            answer = _run(_forward_steps(provider, problem))
+            error = error_of_rows(provider.form.packed(answer), rows, exact)
+            finite = all(bool(x.isfinite().all()) for x in _run(_training_steps(provider, problem)))
+        except Exception as failure:  # a rival may fail in any way; its row says which
+            found[provider.name] = f"does not run here: {short_error(failure)}"
+            continue
+        if not error <= limit:
+            found[provider.name] = (
+                f"wrong: error of output rows at this size {error:.2e}, allowed {limit:.2e}"
+            )
+        elif not finite:
+            found[provider.name] = "wrong: a gradient at this size is not finite"
+    return found
 
 
 def _forward_steps(provider: Provider, problem: Problem) -> Steps:
@@ -137,10 +183,11 @@ def _training_steps(provider: Provider, problem: Problem) -> Steps:
     )
 
 
-def _run(steps: Steps) -> None:
+def _run(steps: Steps) -> Any:
     value = None
     for step in steps:
         value = step(value)
+    return value
 
 
 def _saved(provider: Provider, problem: Problem, device: torch.device) -> int:

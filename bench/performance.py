@@ -7,96 +7,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..hd.errors import DataError, UsageError
+from .attention_shapes import OPERATIONS as ATTENTION
 from .files import write_whole
 from .kernels import RECORD
 from .kernels_cases import MODES
+from .kernels_options import PROVIDERS
 from .kernels_rows import Row, ratios_of
+from .performance_targets import Result, targets_table
 
 BEGIN = "<!-- begin: written by llava-hd bench report -->"
 END = "<!-- end: written by llava-hd bench report -->"
-RIVALS = ("eager", "compile", "llava")
+WHAT_ROWS_ARE = {
+    "attention_dense": "tokens each",
+    "attention_tower": "tiles",
+    "attention_packed": "tokens",
+}
+LONGEST_KERNEL_NAME = 70
 NO_GPU = (
     "**Nothing has been measured on a GPU.** The figures below are CPU figures of small shapes: "
     "they show that the benchmark works and what the torch paths cost on a CPU, and say nothing "
     "about a GPU."
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One kernels.json: its folder, everything but the rows, the rows."""
-
-    folder: Path
-    record: dict[str, Any]
-    rows: tuple[Row, ...]
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        """Device, versions, command, seed."""
-        return self.record["environment"]
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the figures are a GPU's."""
-        return self.environment["device_type"] == "cuda"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A goal of the project: the least ratio to a rival (or the most saved memory, as a share of
-    the rival's) among the rows that `applies` picks."""
-
-    text: str
-    goal: float
-    rival: str
-    applies: Callable[[Row], bool]
-    saved: bool = False
-
-
-def _at(op: str, mode: str, low: int, high: int, keep: float = 1.0) -> Callable[[Row], bool]:
-    return lambda row: (
-        (row.op, row.mode, row.size) == (op, mode, "7B")
-        and low <= row.rows <= high
-        and row.keep == keep
-    )
-
-
-TARGETS = (
-    Target(
-        "projector, forward and backward, R = 16k and 65k",
-        1.06,
-        "eager",
-        _at("gelu_mlp", "both", 16384, 65536),
-    ),
-    Target(
-        "projector, activations saved for backward, R = 16k and 65k",
-        0.5,
-        "eager",
-        _at("gelu_mlp", "both", 16384, 65536),
-        saved=True,
-    ),
-    Target(
-        "projector, forward, R = 1k to 3k", 1.3, "eager", _at("gelu_mlp", "forward", 1000, 3000)
-    ),
-    Target(
-        "gather, project, row-ends, place: forward, all rows kept, R from 16k",
-        1.18,
-        "llava",
-        _at("project_place", "forward", 16000, 70000),
-    ),
-    Target(
-        "the same at keep ratio 0.7",
-        1.6,
-        "llava",
-        _at("project_place", "forward", 11000, 50000, keep=0.7),
-    ),
-    Target("never slower than eager, at any size", 1.0, "eager", lambda row: True),
 )
 
 
@@ -162,42 +97,6 @@ def _parts(results: Sequence[Result], beside: Path) -> Iterator[str]:
         yield from _result_parts(result, beside)
 
 
-def targets_table(results: Sequence[Result]) -> str:
-    """Each target and what the newest full GPU result (bf16) has reached: the worst of its rows."""
-    lines = ["| what | against | target | measured |", "|---|---|---|---|"]
-    for target in TARGETS:
-        sign = "<=" if target.saved else ">="
-        goal = f"{sign} {target.goal:g}x"
-        lines.append(f"| {target.text} | {target.rival} | {goal} | {_reached(target, results)} |")
-    return "\n".join(lines)
-
-
-def _reached(target: Target, results: Sequence[Result]) -> str:
-    for result in results:
-        if not result.on_gpu or result.record["quick"]:
-            continue
-        rows = [row for row in result.rows if row.dtype == "bf16" and target.applies(row)]
-        values = _saved_shares(rows, target.rival) if target.saved else _ratios(rows, target.rival)
-        if values:
-            worst = max(values) if target.saved else min(values)
-            met = worst <= target.goal if target.saved else worst >= target.goal
-            return f"{worst:.3f}x, {'met' if met else 'not met'} ({result.environment['device']})"
-    return "not measured"
-
-
-def _ratios(rows: Sequence[Row], rival: str) -> list[float]:
-    return [ratio.ratio for ratio in ratios_of(rows) if ratio.rival == rival]
-
-
-def _saved_shares(rows: Sequence[Row], rival: str) -> list[float]:
-    theirs = {row.case: row.saved_mib for row in rows if row.provider == rival}
-    return [
-        row.saved_mib / other
-        for row in rows
-        if row.provider == "ours" and row.saved_mib is not None and (other := theirs.get(row.case))
-    ]
-
-
 def _result_parts(result: Result, beside: Path) -> Iterator[str]:
     facts = result.environment
     kind = "" if result.on_gpu else ": CPU figures"
@@ -233,14 +132,17 @@ def _facts(result: Result, beside: Path) -> str:
 
 def op_table(rows: Sequence[Row]) -> str:
     """Ours at every shape and mode: time, rates, share of the roofline, rivals' times over it."""
-    rivals = [name for name in RIVALS if any(row.provider == name and row.ms for row in rows)]
+    rivals = [p for p in PROVIDERS if p != "ours"]
+    rivals = [name for name in rivals if any(row.provider == name and row.ms for row in rows)]
     ratio = {(r.case, r.rival): r.ratio for r in ratios_of(rows)}
     eager = {row.case: row for row in rows if row.provider == "eager"}
     has_keep = any(row.keep < 1 for row in rows)
+    has_setup = any(row.setup_ms is not None for row in rows if row.provider == "ours")
     has_peak = any(row.peak_mib is not None for row in rows)
     heads = [
         "size",
-        "rows",
+        WHAT_ROWS_ARE.get(rows[0].op, "rows"),
+        *(["sequences; heads"] if rows[0].sequences else []),
         *(["keep"] if has_keep else []),
         "type",
         "mode",
@@ -248,20 +150,33 @@ def op_table(rows: Sequence[Row]) -> str:
         "ours, ms (20-80 %)",
     ]
     heads += ["TFLOP/s", "GB/s", "of roofline", *(f"{name} / ours" for name in rivals)]
-    heads += ["saved, MiB (eager)", *(["peak, MiB (eager)"] if has_peak else []), "error / eager's"]
+    heads += [
+        *(["built once, ms"] if has_setup else []),
+        "saved, MiB (eager)",
+        *(["peak, MiB (eager)"] if has_peak else []),
+        "error / eager's",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in sorted((r for r in rows if r.provider == "ours"), key=_order):
         other = eager.get(row.case)
-        cells = [row.size, str(row.rows), *([f"{row.keep:g}"] if has_keep else [])]
+        cells = [row.size, str(row.rows), *([_shape(row)] if row.sequences else [])]
+        cells += [*([f"{row.keep:g}"] if has_keep else [])]
         cells += [row.dtype, row.mode, row.path, _time(row)]
         cells += [_number(row.tflops), _number(row.gbps), _number(row.roofline, "{:.0%}")]
         cells += [_number(ratio.get((row.case, name)), "{:.2f}x") for name in rivals]
+        cells += [_number(row.setup_ms)] if has_setup else []
         cells += [_beside(row.saved_mib, other.saved_mib if other else None)]
         if has_peak:
             cells += [_beside(row.peak_mib, other.peak_mib if other else None)]
         cells += [_number(row.error_vs_eager, "{:.2g}")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _shape(row: Row) -> str:
+    """ "8 x 2048; 32 x 128": sequences and their length, heads and their dimension."""
+    times = "up to" if row.op == "attention_packed" else "x"
+    return f"{row.sequences} {times} {row.longest}; {row.heads} x {row.head_dim}"
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -279,7 +194,9 @@ def _number(value: float | None, form: str = "{:.3g}") -> str:
 
 
 def _beside(mine: float | None, theirs: float | None) -> str:
-    return "" if mine is None else f"{mine:.3g} ({_number(theirs)})"
+    if mine is None:
+        return ""
+    return f"{mine:.3g}" if theirs is None else f"{mine:.3g} ({theirs:.3g})"
 
 
 def _charts_and_reasons(result: Result, rows: Sequence[Row], beside: Path) -> Iterator[str]:
@@ -287,17 +204,42 @@ def _charts_and_reasons(result: Result, rows: Sequence[Row], beside: Path) -> It
 
     for name in chart_names(rows):
         yield f"![{name.removesuffix('.png')}]({_link(result.folder / name, beside)})"
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}  # reason -> provider -> cases
     for row in rows:
         if row.reason and row.mode == "both":
-            reasons.setdefault((row.provider, row.reason), []).append(f"{row.size} R={row.rows}")
-    if reasons:
-        yield "\n".join(f"- {_why(*key, where)}" for key, where in reasons.items())
+            cases = reasons.setdefault(row.reason, {}).setdefault(row.provider, [])
+            cases.append(f"{row.size} R={row.rows}")
+    lines = [f"- {_why(reason, where)}" for reason, where in reasons.items()]
+    lines += _notes(result, rows)
+    if lines:
+        yield "\n".join(lines)
 
 
-def _why(provider: str, reason: str, where: Sequence[str]) -> str:
-    everywhere = reason.startswith("not ")
-    return f"{provider}: {reason}" + ("" if everywhere else f" ({', '.join(where)})")
+def _notes(result: Result, rows: Sequence[Row]) -> Iterator[str]:
+    """Where errors were measured at another size; on CUDA, the kernels that attention ran."""
+    checked = dict.fromkeys(f"{r.size}, {r.rows}: {r.checked}" for r in rows if r.checked)
+    if checked:
+        yield "- errors measured at a smaller size, rows of the output at this one: " + "; ".join(
+            checked
+        )
+    if rows[0].op not in ATTENTION:
+        return
+    for provider in dict.fromkeys(row.provider for row in rows):
+        found = {
+            name[:LONGEST_KERNEL_NAME]
+            for label, names in result.record["kernels"].items()
+            if label.startswith(f"{rows[0].op} ") and label.endswith(f" {provider}")
+            for name in names
+        }
+        if found:
+            yield f"- {provider} ran: " + ", ".join(f"`{name}`" for name in sorted(found))
+
+
+def _why(reason: str, where: Mapping[str, Sequence[str]]) -> str:
+    """The providers with a reason; the cases where it is not the same for all of them."""
+    names, cases = ", ".join(where), dict.fromkeys(case for at in where.values() for case in at)
+    everywhere = reason.startswith("not ") and not reason.startswith("not timed")
+    return f"{names}: {reason}" + ("" if everywhere else f" ({', '.join(cases)})")
 
 
 def _link(path: Path, beside: Path) -> str:

@@ -14,8 +14,23 @@ from matplotlib.lines import Line2D
 from .charts import COLOURS
 from .kernels_rows import Row, ratios_of
 
-PROVIDERS = ("ours", "eager", "compile", "llava")
-COLOUR = dict(zip(PROVIDERS, COLOURS, strict=False))
+COLOUR = dict(zip(("ours", "eager", "compile", "llava"), COLOURS, strict=False)) | {
+    "ours-triton": "#e8b07d",
+    "sdpa-flash": "#2f9e77",
+    "sdpa-cudnn": "#b5679e",
+    "sdpa-efficient": "#8a8f98",
+    "sdpa-math": "#5b6bbf",
+    "padded": "#d4b106",
+    "flex": "#c2484d",
+    "varlen": "#3fb0b8",
+    "xformers": "#9bb53c",
+    "flash-attn": "#222222",
+}
+AXIS = {
+    "attention_dense": "tokens of a sequence",
+    "attention_tower": "tiles",
+    "attention_packed": "tokens of the pack",
+}
 GREY = "#555555"
 LINES = {"both": "-", "forward": ":"}
 MODE_NAMES = {"both": "forward + backward", "forward": "forward"}
@@ -70,7 +85,7 @@ def _chart(key: Key, rows: Sequence[Row], device: str) -> bytes:
         _draw_ratios(left, rows)
         _draw_rates(right, rows)
         for axes in (left, right):
-            axes.set_xlabel("visual rows")
+            axes.set_xlabel(AXIS.get(op, "visual rows"))
             axes.grid(alpha=0.25)
             _set_ticks(axes, rows)
         figure.legend(handles=_legend(rows), loc="outside lower center", ncols=4)
@@ -110,7 +125,8 @@ def _draw_rates(axes: Axes, rows: Sequence[Row]) -> None:
 def _line(axes: Axes, points: list[tuple[int, float]], colour: str, line: str, marker: str) -> None:
     points = sorted(points)
     x, y = [p[0] for p in points], [p[1] for p in points]
-    axes.plot(x, y, line, color=colour, marker=marker, markersize=4, linewidth=1.5)
+    fill = "none" if line == LINES["forward"] else "full"  # tells the mode of a single point
+    axes.plot(x, y, line, color=colour, marker=marker, fillstyle=fill, markersize=4, linewidth=1.5)
 
 
 def _set_ticks(axes: Axes, rows: Sequence[Row]) -> None:
@@ -129,9 +145,11 @@ def _set_ticks(axes: Axes, rows: Sequence[Row]) -> None:
 def _legend(rows: Sequence[Row]) -> list[Line2D]:
     """Colour tells the provider, line the mode, marker the model size (where there are several)."""
     present = {row.provider for row in rows if row.ms is not None}
-    made = [Line2D([], [], color=COLOUR[name], label=name) for name in PROVIDERS if name in present]
+    made = [Line2D([], [], color=COLOUR[name], label=name) for name in COLOUR if name in present]
     for mode, line in LINES.items():
-        made.append(Line2D([], [], color=GREY, linestyle=line, label=MODE_NAMES[mode]))
+        entry = Line2D([], [], color=GREY, linestyle=line, label=MODE_NAMES[mode])
+        entry.set(marker="o", markersize=4, fillstyle="none" if mode == "forward" else "full")
+        made.append(entry)
     sizes = _sizes(rows)
     if len(sizes) > 1:
         for size, marker in zip(sizes, MARKERS, strict=False):

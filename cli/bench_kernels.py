@@ -46,25 +46,10 @@ def run(args: Namespace) -> int:
 
 
 def _print(console: Console, record: dict[str, Any]) -> None:
-    """Rivals' times over ours, and everyone who got no time."""
-    rivals = list(dict.fromkeys(ratio["rival"] for ratio in record["ratios"]))
-    table = Table(
-        title="rival's time / ours: above 1, ours is faster",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for name in ("operation", "type", "mode", *rivals):
-        table.add_column(name, no_wrap=True, justify="right" if name in rivals else "left")
-    lines: dict[tuple[str, str, str], dict[str, float]] = {}
-    for ratio in record["ratios"]:
-        keep = "" if ratio["keep"] == 1 else f" keep {ratio['keep']:g}"
-        case = f"{ratio['op']} {ratio['size']} R={ratio['rows']}{keep}"
-        found = lines.setdefault((case, ratio["dtype"], ratio["mode"]), {})
-        found[ratio["rival"]] = ratio["ratio"]
-    for words, found in lines.items():
-        table.add_row(*words, *(f"{found[r]:.3f}" if r in found else "" for r in rivals))
-    console.print(table)
+    """Rivals' times over ours, operation by operation, and everyone who got no time."""
+    console.print("rival's time / ours: above 1, ours is faster")
+    for op in dict.fromkeys(ratio["op"] for ratio in record["ratios"]):
+        console.print(_table(op, [ratio for ratio in record["ratios"] if ratio["op"] == op]))
     where: dict[str, list[str]] = {}
     for row in record["rows"]:
         if "reason" in row:
@@ -74,3 +59,22 @@ def _print(console: Console, record: dict[str, Any]) -> None:
         console.print(text, highlight=False, markup=False)
     for note in record["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _table(op: str, ratios: list[dict[str, Any]]) -> Table:
+    """A line for each case and mode, a column for each rival; names of rivals may wrap."""
+    rivals = list(dict.fromkeys(ratio["rival"] for ratio in ratios))
+    table = Table(title=op, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("case", "type", "mode"):
+        table.add_column(name, no_wrap=True)
+    for name in rivals:
+        table.add_column(name, justify="right", overflow="fold", min_width=5)
+    lines: dict[tuple[str, str, str], dict[str, float]] = {}
+    for ratio in ratios:
+        keep = "" if ratio["keep"] == 1 else f" keep {ratio['keep']:g}"
+        case = f"{ratio['size']} R={ratio['rows']}{keep}"
+        found = lines.setdefault((case, ratio["dtype"], ratio["mode"]), {})
+        found[ratio["rival"]] = ratio["ratio"]
+    for words, found in lines.items():
+        table.add_row(*words, *(f"{found[r]:.3f}" if r in found else "" for r in rivals))
+    return table

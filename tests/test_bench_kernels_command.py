@@ -18,6 +18,7 @@ from llava_hd.bench.kernels_trial import try_case
 from llava_hd.cli.main import main
 
 SMALL = ["--rows", "64", "--providers", "ours", "eager", "llava"]
+FOUR = ["gelu_mlp", "place_rows", "project_place", "linear_loss"]  # attention: test_bench_attention
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,7 @@ def test_command_writes_results_and_prints_ratios(
 ) -> None:
     out = tmp_path / "results"
     words = ["bench", "kernels", "--quick", "--json", "--seed", "7", "--out", str(out), *SMALL]
+    words += ["--ops", *FOUR]
     assert main(words) == 0
     printed = capsys.readouterr()
     assert "CPU figures" in printed.err and "[1/5]" in printed.err
@@ -42,7 +44,7 @@ def test_command_writes_results_and_prints_ratios(
     rows = [Row(**row) for row in record["rows"]]
     with (out / "kernels.csv").open(newline="") as file:
         assert [row_from_text(line) for line in csv.DictReader(file)] == rows
-    assert {r.op for r in rows} == {"gelu_mlp", "place_rows", "project_place", "linear_loss"}
+    assert {r.op for r in rows} == set(FOUR)
     timed = [r for r in rows if r.ms is not None]
     assert all(r.error_output is not None for r in timed)  # an error beside every time
     assert {r.provider for r in timed if r.op == "project_place"} == {"ours", "eager", "llava"}
@@ -132,7 +134,8 @@ except SystemExit as stop:
 def test_it_runs_on_a_bare_machine(tmp_path: Path) -> None:
     absent = {"PIL", "transformers", "deepspeed", "rich", "jsonargparse", "matplotlib", "scipy"}
     absent |= {"huggingface_hub", "safetensors", "yaml", "sentencepiece", "gradio", "tensorboard"}
-    argv = ["kernels", "--quick", "--ops", "gelu_mlp", "project_place", "--out", str(tmp_path)]
+    ops = ["gelu_mlp", "project_place", "attention_dense", "attention_packed"]
+    argv = ["kernels", "--quick", "--ops", *ops, "--out", str(tmp_path)]
     code = BARE.format(names=absent, argv=[*argv, *SMALL])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["0", "bench,kernels"], done.stderr

@@ -98,8 +98,73 @@ def test_a_target_is_judged_by_the_worst_of_its_rows() -> None:
         f"1.500x, met {gpu}",
         f"1.200x, met {gpu}",
         "not measured",
+        *["not measured"] * 9,  # attention
         f"1.050x, met {gpu}",
     ]
+
+
+def attention(
+    op: str, size: str, rows: int, mode: str, times: dict[str, float], tflops: float = 0.0
+) -> list[Row]:
+    case = next(
+        case
+        for case in cases_of(op, None, quick=False)
+        if (case.size, case.rows) == (size, rows)
+        or (op == "attention_packed" and case.size == size)
+    )
+    return [
+        replace(blank_row(case, "bf16", name, mode), ms=ms, ms_p20=ms, ms_p80=ms, tflops=tflops)
+        for name, ms in times.items()
+    ]
+
+
+def test_targets_of_attention_are_judged_against_whom_they_name() -> None:
+    dense, tower, packed = "attention_dense", "attention_tower", "attention_packed"
+    forward = {"ours": 1.0, "sdpa-flash": 1.8, "sdpa-cudnn": 0.96, "ours-triton": 0.5}
+    backward = {"ours": 1.0, "sdpa-flash": 1.5, "sdpa-cudnn": 1.02}
+    rows = [
+        *attention(dense, "32 heads", 2048, "forward", forward, tflops=600),
+        *attention(dense, "32 heads", 1024, "forward", {"ours": 1.0, "sdpa-flash": 1.0}),
+        *attention(dense, "32/8 heads", 4096, "forward", {"ours": 1.0, "sdpa-flash": 1.0}),
+        *attention(dense, "32 heads", 8192, "backward", backward),
+        *attention(packed, "hdflex", 0, "forward", {"ours": 1.0, "varlen": 1.75}, tflops=576),
+        *attention(packed, "hd448", 0, "backward", {"ours": 1.0, "varlen": 1.4}),
+        *attention(tower, "577 tokens", 160, "forward", {"ours": 1.0, "flex": 1.3, "eager": 4}),
+        *attention(tower, "257 tokens", 320, "forward", {"ours": 1.0, "flex": 1.5}),
+    ]
+    gpu = "(NVIDIA H200)"
+    assert measured([result(rows)])[5:-1] == [
+        f"1.800x, met {gpu}",  # 2k to 8k and as many key heads as query heads
+        f"0.960x, not met {gpu}",  # the best rival is cuDNN, not our own other path
+        f"1.500x, not met {gpu}",
+        f"1.020x, met {gpu}",
+        f"0.960x, met {gpu}",  # 576 of 600 TFLOP/s
+        f"1.750x, met {gpu}",
+        f"1.400x, not met {gpu}",
+        f"1.300x, met {gpu}",
+        f"1.500x, not met {gpu}",
+    ]
+
+
+def test_a_table_of_attention_names_shapes_and_kernels(tmp_path: Path) -> None:
+    rows = attention(
+        "attention_packed", "hdflex", 0, "both", {"ours": 2.0, "padded": 5.0, "varlen": 3.0}
+    )
+    rows = [replace(row, setup_ms=0.25) if row.provider == "ours" else row for row in rows]
+    head, _, line = op_table(rows).splitlines()
+    cells = dict(zip(head.split("|"), line.split("|"), strict=True))
+    found = {name.strip(): value.strip() for name, value in cells.items()}
+    shape = next(
+        c.attention for c in cases_of("attention_packed", None, False) if c.size == "hdflex"
+    )
+    assert shape is not None
+    assert found["sequences; heads"] == f"{len(shape.lengths)} up to {shape.longest}; 32 x 128"
+    assert (found["tokens"], found["built once, ms"]) == ("32768", "0.25")
+    assert (found["padded / ours"], found["varlen / ours"]) == ("2.50x", "1.50x")
+    kernels = {"attention_packed hdflex R=32768 bf16 varlen": ["flash_fwd_kernel<128>"]}
+    text = page_text(PAGE, [result(rows, kernels=kernels)], tmp_path)
+    assert "- varlen ran: `flash_fwd_kernel<128>`" in text
+    assert "errors measured at a smaller size" in text
 
 
 def test_cpu_and_quick_figures_reach_no_target() -> None:
