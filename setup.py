@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-# PyTorch's CUDA builds bring it, its CPU builds do not; only kernels/ asks for it, where it is used.
+# PyTorch's CUDA builds bring it, its CPU builds do not; kernels/ imports it where it is used.
 TRITON = 'triton>=3.6; platform_system == "Linux"'
 FOLDERS = ["hd", "kernels", "model", "train", "bench", "cli"]
 
@@ -24,7 +24,7 @@ setup(
     package_dir={f"llava_hd.{folder}": folder for folder in FOLDERS},
     package_data={
         "llava_hd.kernels": ["blocks/*.json"],
-        "llava_hd.train": ["recipes/*.yaml"],
+        "llava_hd.train": ["recipes/*.yaml", "mixtures/*.yaml"],
         "llava_hd.model": ["shipped/*", "shipped/*/*"],
         "llava_hd.bench": ["templates/*"],
     },
