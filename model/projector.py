@@ -56,7 +56,10 @@ def build_projector(
     kind: str, vision_width: int, language_width: int, row_end: bool
 ) -> MLPProjector | LinearProjector:
     """The projector named by `LlavaHDConfig.projector`."""
-    kinds = {"mlp2x_gelu": MLPProjector, "linear": LinearProjector}
+    kinds: dict[str, type[MLPProjector | LinearProjector]] = {
+        "mlp2x_gelu": MLPProjector,
+        "linear": LinearProjector,
+    }
     return kinds[kind](vision_width, language_width, row_end)
 
 
