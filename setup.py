@@ -62,5 +62,5 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["llava-hd = llava_hd.cli.main:main"]},
+    entry_points={"console_scripts": ["llava-hd = llava_hd.cli.main:console"]},
 )

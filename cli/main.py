@@ -27,6 +27,8 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("finetune",): ("train", "stage 2: train the projector, the row-end token and the LLM"),
     ("eval", "pope"): ("eval_pope", "answer and score POPE, or score existing answers"),
     ("compare",): ("compare", "compare the POPE answers of two models with paired tests"),
+    ("data", "mix"): ("data_mix", "build the instruction mixture from public annotation files"),
+    ("data", "check"): ("data_check", "read all records and images, report what is bad"),
     ("nano", "build"): ("nano", "make the shipped nano weights again from a seed"),
     ("bench", "kernels"): ("bench_kernels", "time our kernels against their rivals, with errors"),
     ("bench", "report"): ("bench_report", "charts and docs/performance.md from the results"),
@@ -34,6 +36,22 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench", "inspect"): ("bench_inspect", "compile the kernels and print what they need"),
     ("doctor",): ("doctor", "report what this machine can run, and why not the rest"),
 }
+
+
+def console() -> int:
+    """The entry point of the `llava-hd` command: `main`, and for a rank of a distributed run that
+    fails an exit at once.
+
+    Its peers' connections are still open then, and the C++ threads behind them can abort the
+    process while Python takes itself down ("terminate called without an active exception"), which
+    hides the exit code from whoever started the ranks.
+    """
+    code = main()
+    if code and "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,4 +146,4 @@ def help_text() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

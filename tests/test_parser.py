@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
+from llava_hd.cli import main as main_module
 from llava_hd.cli.parser import Parser
 from llava_hd.hd.errors import UsageError
 
@@ -67,3 +68,15 @@ def test_options_are_not_abbreviated(parser):
 def test_the_help_keeps_each_example_on_its_line(parser):
     lines = parser.format_help().splitlines()
     assert lines[-3:] == ["examples:", "  llava-hd cook rice", "  llava-hd cook soup --dry-run"]
+
+
+def test_a_failed_rank_leaves_at_once_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(main_module.os, "_exit", left.append)
+    for code in (3, 0):
+        monkeypatch.setattr(main_module, "main", lambda code=code: code)
+        monkeypatch.delenv("RANK", raising=False)
+        assert main_module.console() == code
+        monkeypatch.setenv("RANK", "1")
+        main_module.console()
+    assert left == [3]

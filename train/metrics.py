@@ -61,6 +61,12 @@ class MetricsWriter:
         self.file.close()
         self.board.close()
 
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file; a last one cut off by a kill is left out."""

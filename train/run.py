@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -159,56 +159,53 @@ def _loop(
     passes, accumulation = _passes(job, processor, world), config.accumulation(world.size)
     # Before anything is written: a fault in the first step leaves no folder behind.
     ready = [_next_step(passes, accumulation, world)]
-    writer = _open_output(job) if world.is_main else None
-    barrier()
-    listener.start(first, num_steps)
+    with _open_output(job) if world.is_main else nullcontext() as writer:
+        barrier()
+        listener.start(first, num_steps)
 
-    for step in range(first, num_steps):
-        began = time.monotonic()
-        batches, totals = ready.pop() if ready else _next_step(passes, accumulation, world)
-        # Random numbers, if a model uses any, depend on the step alone: a resumed run has the same.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + world.rank)
-        lr = rates.set(step, num_steps)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-        with _lost_peers(world, step, batches):
-            for number, batch in enumerate(batches, start=1):
-                output = engine(batch.to(world.device, non_blocking=True))
-                # DeepSpeed averages over ranks; undone here, for a mean over the label tokens.
-                share = world.size / totals.label_tokens
-                engine.backward(output.loss_sum * share, scale_wrt_gas=False)
-                loss_sum += output.loss_sum.detach()
-                if number == len(batches):
-                    loss = float(all_sum(loss_sum)) / totals.label_tokens
-                    _check_finite("loss", loss, step, batches, world)
-                engine.step()
-        grad_norm = float(engine.get_global_grad_norm())
-        _check_finite("gradient", grad_norm, step, batches, world)
+        for step in range(first, num_steps):
+            began = time.monotonic()
+            batches, totals = ready.pop() if ready else _next_step(passes, accumulation, world)
+            # Random numbers, if a model uses any, depend on the step alone, as in a resumed run.
+            torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + world.rank)
+            lr = rates.set(step, num_steps)
+            loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+            with _lost_peers(world, step, batches):
+                for number, batch in enumerate(batches, start=1):
+                    output = engine(batch.to(world.device, non_blocking=True))
+                    # DeepSpeed averages over ranks; undone here, for a mean over the label tokens.
+                    share = world.size / totals.label_tokens
+                    engine.backward(output.loss_sum * share, scale_wrt_gas=False)
+                    loss_sum += output.loss_sum.detach()
+                    if number == len(batches):
+                        loss = float(all_sum(loss_sum)) / totals.label_tokens
+                        _check_finite("loss", loss, step, batches, world)
+                    engine.step()
+            grad_norm = float(engine.get_global_grad_norm())
+            _check_finite("gradient", grad_norm, step, batches, world)
 
-        done = step + 1
-        seconds = time.monotonic() - began
-        metrics = StepMetrics(
-            step=done,
-            epoch=job.order.epoch(done),
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            samples=job.state.samples_per_step,
-            tokens=totals.tokens,
-            label_tokens=totals.label_tokens,
-            images=totals.images,
-            seconds=seconds,
-            tokens_per_second=totals.tokens / seconds,
-            images_per_second=totals.images / seconds,
-        )
-        listener.step(metrics)
-        if writer and (done % config.logging_steps == 0 or done == num_steps):
-            writer.write(metrics)
+            done = step + 1
+            seconds = time.monotonic() - began
+            metrics = StepMetrics(
+                step=done,
+                epoch=job.order.epoch(done),
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                samples=job.state.samples_per_step,
+                tokens=totals.tokens,
+                label_tokens=totals.label_tokens,
+                images=totals.images,
+                seconds=seconds,
+                tokens_per_second=totals.tokens / seconds,
+                images_per_second=totals.images / seconds,
+            )
+            listener.step(metrics)
+            if writer and (done % config.logging_steps == 0 or done == num_steps):
+                writer.write(metrics)
 
-        if config.save_steps and done % config.save_steps == 0 and done < num_steps:
-            save_checkpoint(engine, processor, replace(job.state, step=done), config, world)
-
-    if writer:
-        writer.close()
+            if config.save_steps and done % config.save_steps == 0 and done < num_steps:
+                save_checkpoint(engine, processor, replace(job.state, step=done), config, world)
 
 
 def _passes(job: Job, processor: Processor, world: World) -> Iterator[PackedBatch]:
