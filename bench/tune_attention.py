@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -95,8 +96,8 @@ def _tower_task(
 def attention_calls(
     name: str, rows: int, table: Table, sizes: Sizes, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], Any]]:
-    """An operation as a step calls it: packs and dense batches forward and backward with heads of
-    128, the frozen tower forward alone."""
+    """An operation as a step calls it, "ours" and its rivals: packs and dense batches forward and
+    backward with heads of 128, the frozen tower forward alone."""
     if name == "attention_tower":
         q, k, v = _tower(rows, sizes, device, dtype)
         return {
@@ -125,10 +126,21 @@ def attention_calls(
         def torchs(*args: Tensor) -> Tensor:
             return flash_attention_torch(*args, schedule=schedule)
 
-    return {
+    calls = {
         "ours": lambda: _grads(ours, (q, k, v), dout),
         "torch": lambda: _grads(torchs, (q, k, v), dout),
     }
+    if name == "attention_packed" and find_spec("flash_attn") is not None:
+        # What attention="auto" takes for packs where ours is off and flash-attn is installed.
+        from flash_attn import flash_attn_varlen_func
+
+        ends = schedule.given[0]
+
+        def theirs(*args: Tensor) -> Tensor:
+            return flash_attn_varlen_func(*args, ends, ends, SEQUENCE, SEQUENCE, causal=True)
+
+        calls["flash-attn"] = lambda: _grads(theirs, (q, k, v), dout)
+    return calls
 
 
 def _normal(

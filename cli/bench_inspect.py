@@ -40,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
 
     found = []
     for arch in args.arch:
-        table = load_table(arch)
+        try:
+            table = load_table(arch)
+        except ValueError as error:
+            raise UsageError(f"bench inspect: {error}") from error
         for variant in variants(table, args.dtype):
             code = compile_variant(variant, arch)
             row = {**facts(code), "shared_limit": SHARED_LIMIT[arch], "table": table.path}
@@ -59,29 +62,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(found: list[dict[str, Any]], dtype: str) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+    """Plain lines, so that a pipe or a narrow terminal cuts nothing."""
     for arch in dict.fromkeys(row["architecture"] for row in found):
         rows = [row for row in found if row["architecture"] == arch]
-        title = (
-            f"{arch}, {dtype}, compiled, not run; shared <= {rows[0]['shared_limit'] // 1024} KiB"
+        limit = rows[0]["shared_limit"] // 1024
+        print(
+            f"{arch}, {dtype}, compiled, not run; a program may have {limit} KiB of shared memory"
         )
-        table = Table(
-            title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
-        )
-        table.add_column("kernel", no_wrap=True)
-        table.add_column("tile", no_wrap=True)
-        for heading in ("warps", "stages", "regs", "spills", "shared"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("core", no_wrap=True)
+        print(f"  {'kernel':<29}{'tile':<12}warps stages  regs spills   shared  instructions")
         for row in rows:
             blocks = row["blocks"]
             shape = "x".join(str(blocks[key]) for key in ("rows", "cols", "inner") if blocks[key])
             core = "wgmma" if row["HGMMA"] else "mma" if row["HMMA"] else "-"
-            counts = [blocks["warps"], blocks["stages"], row["registers"], row["spills"]]
-            cells = [*(str(count) for count in counts), f"{row['shared'] / 1024:.0f} KiB"]
-            table.add_row(row["name"], shape, *cells, core + (" TMA" if row["UTMALDG"] else ""))
-        console.print(table)
+            print(
+                f"  {row['name']:<29}{shape:<12}{blocks['warps']:>5} {blocks['stages']:>6} "
+                f"{row['registers']:>5} {row['spills']:>6} {row['shared'] / 1024:>4.0f} KiB  "
+                f"{core}{', TMA' if row['UTMALDG'] else ''}"
+            )

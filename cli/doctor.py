@@ -66,7 +66,11 @@ def run(args: argparse.Namespace) -> int:
     # DeepSpeed talks on standard output while it is imported; that belongs to the report alone.
     with contextlib.redirect_stdout(sys.stderr):
         findings = [probe_library(*row) for row in LIBRARIES]
-        findings += [*probe_attention(), *probe_kernels(), probe_device()]
+        try:
+            findings += [*probe_attention(), *probe_kernels()]
+        except ValueError as error:  # a bad switch or table, with file and remedy
+            findings.append(Finding("kernels", "broken", str(error), needed=True))
+        findings.append(probe_device())
     if args.json:
         report = {"machine": machine, "findings": [asdict(finding) for finding in findings]}
         print(json.dumps(report, indent=2))
@@ -110,7 +114,8 @@ def probe_attention() -> list[Finding]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     findings = []
     for kind in ("packed", "dense", "tower"):
-        chosen = auto_choice(f"attention_{kind}", device, dtype, rows=2**15)
+        packed = kind == "packed"
+        chosen = auto_choice(f"attention_{kind}", device, dtype, rows=2**15, packed=packed)
         detail = f"{kind}: {chosen.name} ({chosen.reason})"
         findings.append(Finding("attention=auto", "ok", detail, False))
     for name in IMPLEMENTATIONS:

@@ -26,6 +26,11 @@ class Schedule:
     def __init__(
         self, cu_q: Tensor, cu_k: Tensor, num_queries: int, num_keys: int, causal: bool
     ) -> None:
+        for name, ends, rows in (("q", cu_q, num_queries), ("k", cu_k, num_keys)):
+            if ends.device.type == "cpu":
+                _check_ends(name, ends.tolist(), rows)
+        # On a GPU they are not looked at, which would wait for it, but nothing outside is read.
+        cu_q, cu_k = cu_q.clamp(0, num_queries), cu_k.clamp(0, num_keys)
         self.given = cu_q, cu_k
         self.causal = causal
         self.cu_q = torch.cat([cu_q, cu_q.new_full((2,), num_queries)])
@@ -68,6 +73,13 @@ class Schedule:
                 work = torch.minimum(work, (keys[sequence] - block * size))
             self._blocks["k", size, 0] = _ordered(sequence, block, work)
         return self._blocks["k", size, 0]
+
+
+def _check_ends(name: str, ends: list[int], rows: int) -> None:
+    if not ends or ends[0] != 0 or ends != sorted(ends):
+        raise ValueError(f"flash_attention: cu_seqlens must rise from 0, not {ends[:8]}")
+    if ends[-1] > rows:
+        raise ValueError(f"flash_attention: cu_seqlens end at {ends[-1]}, {name} has {rows} rows")
 
 
 def _places(lengths: Tensor, size: int, total: int) -> tuple[Tensor, Tensor]:

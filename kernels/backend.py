@@ -100,6 +100,8 @@ class Choice:
 def choose(operation: str, device: torch.device, dtype: torch.dtype, rows: int) -> Choice:
     """How `operation` (one of OPERATIONS) is computed for `rows` rows on a device."""
     switch = os.environ.get(SWITCH, "")
+    if operation not in OPERATIONS:
+        return Choice(None, "a shape that bench tune does not measure")
     table, reason = _table_for(device.type, device.index, switch, dtype == torch.float32)
     if table is None:
         return Choice(None, reason)

@@ -31,7 +31,7 @@ from .attention_schedule import Schedule, dense_schedule
 from .backend import Table, choose
 
 LARGEST_HEAD = 256  # that the kernels serve
-TOWER_BLOCK, TOWER_HEAD = 64, 64
+TOWER_BLOCK, TOWER_HEAD, MEASURED_HEAD = 64, 64, 128
 
 
 def flash_attention_reference(
@@ -79,7 +79,8 @@ def flash_attention(
     """Exact attention; the shapes are in the module's docstring.
 
     Args:
-        cu_seqlens: int32 `[S+1]`, rising from 0: q, k and v are packed.
+        cu_seqlens: int32 `[S+1]`, rising from 0: q, k and v are packed. Checked where they are on
+            the CPU (ValueError); on a GPU ends beyond the rows count as the last row.
         causal: token t sees no later token of its sequence.
         scale: factor of the scores; 1/sqrt(d) by default.
         schedule: of the same cu_seqlens and causal, made once by `pack_schedule` for all layers.
@@ -130,17 +131,23 @@ def _attend(
     if table is None and q.shape[-1] <= LARGEST_HEAD:
         operation, rows = operation_of(q, k, cu_seqlens is not None, causal)
         table = choose(operation, q.device, q.dtype, rows).table
-    if cu_seqlens is not None and schedule is None:
-        schedule = pack_schedule(cu_seqlens, q.shape[0], causal)
+    if cu_seqlens is not None:
+        if schedule is None:
+            schedule = pack_schedule(cu_seqlens, q.shape[0], causal)
+        elif schedule.causal != causal or schedule.num_rows != (q.shape[0], k.shape[0]):
+            raise ValueError(
+                f"flash_attention: the schedule is for {schedule.num_rows} rows, causal "
+                f"{schedule.causal}; the call for {(q.shape[0], k.shape[0])}, causal {causal}"
+            )
     if table is None or not (q.numel() and k.numel()):
         return _by_torch(q, k, v, schedule, causal, scale, with_lse)
     if schedule is None:
-        return _dense_triton(q, k, v, causal, scale, table)
+        return _dense_triton(q, k, v, causal, scale, table, with_lse)
     from .attention_launch import Attention  # Triton is imported only where it runs
 
     with torch.cuda.device_of(q):
         out, lse = Attention.apply(q, k, v, schedule, scale, table, False)
-    return out, lse * math.log(2)
+    return out, lse * math.log(2) if with_lse else None
 
 
 def flash_attention_torch(
@@ -174,7 +181,13 @@ def _by_torch(
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(f"flash_attention: {q.shape[-2]} query heads over {k.shape[-2]} key heads")
-    if k.shape != v.shape or q.ndim != k.ndim or q.ndim != (4 if cu_seqlens is None else 3):
+    same = q.shape[-1] == k.shape[-1] and (cu_seqlens is not None or q.shape[0] == k.shape[0])
+    if (
+        k.shape != v.shape
+        or q.ndim != (4 if cu_seqlens is None else 3)
+        or q.ndim != k.ndim
+        or not same
+    ):
         raise ValueError(
             f"flash_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; need "
             "[B S H d], or [T H d] with cu_seqlens"
@@ -186,28 +199,33 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
 def operation_of(q: Tensor, k: Tensor, packed: bool, causal: bool) -> tuple[str, int]:
     """The backend's name of the operation, and its rows (tokens).
 
-    The tower's shapes are measured apart: full attention over one token more than blocks of 64
-    (257, 577) and heads up to 64."""
+    `bench tune` measures three classes: causal packs and causal dense batches with heads beyond 64
+    and up to 128, and the tower's (full attention over one token more than blocks of 64, such as
+    257 and 577, heads up to 64). All else is "attention_other", which stays with torch."""
+    rows = q.shape[0] if packed else q.shape[0] * q.shape[1]
+    if causal and TOWER_HEAD < q.shape[-1] <= MEASURED_HEAD:
+        return ("attention_packed" if packed else "attention_dense"), rows
     if packed:
-        return "attention_packed", q.shape[-3]
-    rows = q.shape[0] * q.shape[1]
+        return "attention_other", rows
     tower = not causal and q.shape[1] == k.shape[1] and q.shape[1] % TOWER_BLOCK == 1 < q.shape[1]
-    return ("attention_tower" if tower and q.shape[-1] <= TOWER_HEAD else "attention_dense"), rows
+    return ("attention_tower" if tower and q.shape[-1] <= TOWER_HEAD else "attention_other"), rows
 
 
 def _dense_triton(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, table: Table
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, table: Table, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     from .attention_launch import Attention  # Triton is imported only where it runs
 
     batch, queries = q.shape[:2]
     schedule = dense_schedule(batch, queries, k.shape[1], causal, q.device)
     flat = (x.flatten(0, 1) for x in (q, k, v))
-    apart = operation_of(q, k, False, causal)[0] == "attention_tower"
+    apart = not causal and operation_of(q, k, False, causal)[0] == "attention_tower"
     with torch.cuda.device_of(q):
         out, lse = Attention.apply(*flat, schedule, scale, table, apart)
-    lse = rearrange(lse, "h (b s) -> b h s", b=batch)
-    return out.unflatten(0, (batch, queries)), lse * math.log(2)
+    out = out.unflatten(0, (batch, queries))
+    if not with_lse:
+        return out, None
+    return out, rearrange(lse, "h (b s) -> b h s", b=batch) * math.log(2)
 
 
 def _packed(
@@ -216,17 +234,13 @@ def _packed(
     """torch's path for packs: one sequence after the other."""
     lengths = schedule.lengths()[0]
     rest = q.shape[0] - sum(lengths)
-    if rest < 0:
-        raise ValueError(
-            f"flash_attention: cu_seqlens end at {sum(lengths)}, q has {q.shape[0]} rows"
-        )
     pieces = [x.split([*lengths, rest])[:-1] for x in (q, k, v)]
     done, logs = [q.new_zeros(0, *q.shape[1:])], []
     for a, b, c in zip(*pieces, strict=True):
         done.append(_dense(a[None], b[None], c[None], schedule.causal, scale)[0])
         if with_lse:
             logs.append(_lse(a[None], b[None], schedule.causal, scale)[0])
-    out = torch.cat([*done, q.new_zeros(rest, *q.shape[1:])])
+    out = torch.cat([*done, _zeros_of(q[q.shape[0] - rest :])])
     if not with_lse:
         return out, None
     none = torch.full((q.shape[1], rest), float("-inf"), device=q.device)
@@ -247,11 +261,11 @@ def _lse(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
-    if keys < queries and causal:  # the first queries see no key
-        blind = q.new_zeros(q.shape[0], queries - keys, *q.shape[2:])
+    if keys < queries and causal and keys:  # the first queries see no key
+        blind = _zeros_of(q[:, : queries - keys])
         return torch.cat([blind, _dense(q[:, queries - keys :], k, v, True, scale)], 1)
     if keys == 0:
-        return q.new_zeros(q.shape)
+        return _zeros_of(q)
     mask = causal_mask(queries, keys, q.device) if causal and 1 < queries < keys else None
     out = F.scaled_dot_product_attention(
         rearrange(q, "b s h d -> b h s d"),
@@ -263,6 +277,11 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tenso
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return rearrange(out, "b h s d -> b s h d")
+
+
+def _zeros_of(q: Tensor) -> Tensor:
+    """Zeros in q's shape that still have a (zero) gradient for q; NaN in q stays out."""
+    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

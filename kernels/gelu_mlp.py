@@ -81,11 +81,7 @@ def gelu_mlp(
     On the Triton path backward can run once: it uses up the hidden rows that forward kept
     (RuntimeError on a second pass through a retained graph; `recompute=True` allows it).
     """
-    if x.ndim != 2 or x.shape[1] != w1.shape[1] or w2.shape[1] != w1.shape[0]:
-        raise ValueError(
-            f"gelu_mlp: shapes do not chain: x {tuple(x.shape)}, w1 {tuple(w1.shape)}, "
-            f"w2 {tuple(w2.shape)}; need x [R D], w1 [F D], w2 [H F]"
-        )
+    check_shapes(x, w1, b1, w2, b2)
     count = x.shape[0] if rows is None else rows.shape[0]
     table = choose("gelu_mlp", x.device, x.dtype, count).table
     if table is not None:
@@ -95,6 +91,20 @@ def gelu_mlp(
         assert isinstance(again, Tensor)
         return again
     return gelu_mlp_torch(x, w1, b1, w2, b2, rows)
+
+
+def check_shapes(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+    """ValueError where the shapes do not chain."""
+    chained = x.ndim == 2 and x.shape[1] == w1.shape[1] and w2.shape[1] == w1.shape[0]
+    if not chained or b1.shape != w1.shape[:1] or b2.shape != w2.shape[:1]:
+        shapes = ", ".join(
+            f"{name} {tuple(tensor.shape)}"
+            for name, tensor in zip(("x", "w1", "b1", "w2", "b2"), (x, w1, b1, w2, b2), strict=True)
+        )
+        raise ValueError(
+            f"gelu_mlp: shapes do not chain: {shapes}; need x [R D], w1 [F D], b1 [F], w2 [H F], "
+            "b2 [H]"
+        )
 
 
 def gelu_mlp_triton(
@@ -170,7 +180,7 @@ def gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     if ctx.spent:
         raise RuntimeError(
             "gelu_mlp: backward ran a second time, but the first one used up the hidden rows; "
-            "call it with recompute=True to go through a graph more than once"
+            "call gelu_mlp or project_rows with recompute=True to go through a graph more than once"
         )
     ctx.spent = hidden is not None
     if hidden is None:
@@ -247,4 +257,7 @@ def column_sums(a: Tensor) -> Tensor:
 
 def _input_grad(dh: Tensor, w1: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
     dx = dh @ w1
-    return dx if rows is None else torch.zeros_like(x).index_add_(0, rows, dx)
+    if rows is None:
+        return dx
+    # In a fixed order also where a row is named twice, unlike index_add on a GPU.
+    return torch.zeros_like(x).index_put_((rows,), dx, accumulate=True)

@@ -26,6 +26,11 @@ def rows_in_memory(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
+def _numbers(rows: Tensor | None) -> Tensor | None:
+    """Row numbers side by side."""
+    return None if rows is None else rows.contiguous()
+
+
 def _described(x: Tensor, blocks: Blocks, shape: list[int]) -> tuple[Any, bool]:
     """x for the kernel: a tensor descriptor where the blocks ask for TMA and x allows it."""
     size = x.element_size()
@@ -66,7 +71,8 @@ def linear_rows(
         pre: `[R N]` that receives the rows before f. out: `[.. N]`, by default a new `[R N]`.
         to: int64 `[R]`, the row of `out` that each result goes to, negative for none.
     """
-    x, w = rows_in_memory(x), rows_in_memory(w)
+    x, w, bias = rows_in_memory(x), rows_in_memory(w), bias.contiguous()
+    rows, to = _numbers(rows), _numbers(to)
     count, width = x.shape[0] if rows is None else rows.shape[0], w.shape[0]
     if out is None:
         out = x.new_empty(count, width)
@@ -125,7 +131,7 @@ def weight_grad(
     Args:
         a: `[R M]`. b: `[.. N]`. rows: int64 `[R]`, or None for all of b in order.
     """
-    a, b = rows_in_memory(a), rows_in_memory(b)
+    a, b, rows = rows_in_memory(a), rows_in_memory(b), _numbers(rows)
     count, height, width = *a.shape, b.shape[1]
     dw = a.new_empty(height, width)
     tile_cols = triton.cdiv(width, blocks.cols)

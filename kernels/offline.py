@@ -99,9 +99,10 @@ def variants(table: Table, dtype: str = "bf16") -> list[Variant]:
         "sums": "*fp32",
         **_integers("R M N stride_a stride_b stride_dw"),
     }
-    chosen = {"GATHER": True, "SUMS": True, "PRECISION": "ieee"}
     kernel = products.weight_grad_kernel
-    found.append(Variant("weight_grad", kernel, arguments, _tiles(chosen, blocks), blocks))
+    for name, gather in (("weight_grad", False), ("weight_grad_gathered", True)):
+        chosen = {"GATHER": gather, "SUMS": not gather, "PRECISION": "ieee"}
+        found.append(Variant(name, kernel, arguments, _tiles(chosen, blocks), blocks))
     return found + _moving(table, flat, exact=dtype == "fp32") + _attention(table, flat)
 
 
@@ -138,7 +139,7 @@ def _moving(table: Table, flat: str, exact: bool) -> list[Variant]:
 
 
 def _attention(table: Table, flat: str) -> list[Variant]:
-    """Causal attention over packs at head dimensions 64, 128 and 256, and the tower's."""
+    """Causal and full attention at head dimensions 64, 128 and 256, and the tower's."""
     found = []
     kinds = {
         "forward": attention_kernels.forward_kernel,
@@ -147,11 +148,14 @@ def _attention(table: Table, flat: str) -> list[Variant]:
     }
     for width in (64, 128, 256):
         for kind, kernel in kinds.items():
-            name = f"attention_{kind}_{width}"
-            found.append(_attention_variant(name, kernel, flat, table.blocks(name), width, True))
+            for causal in (True, False):
+                name = f"attention_{kind}_{width}"
+                blocks = table.blocks(name)
+                name += "" if causal else "_full"
+                found.append(_attention_variant(name, kernel, flat, blocks, width, causal))
     blocks = table.blocks("attention_tower_64")
     kernel = attention_kernels.forward_kernel
-    found.append(_attention_variant("attention_tower_64", kernel, flat, blocks, 64, False))
+    found.append(_attention_variant("attention_tower_64", kernel, flat, blocks, 64, False, True))
     for name, kernel in (
         ("first_query", attention_kernels.first_query_kernel),
         ("delta", attention_kernels.delta_kernel),
@@ -163,9 +167,9 @@ def _attention(table: Table, flat: str) -> list[Variant]:
 
 
 def _attention_variant(
-    name: str, kernel: Any, flat: str, blocks: Blocks, width: int, causal: bool
+    name: str, kernel: Any, flat: str, blocks: Blocks, width: int, causal: bool, tower: bool = False
 ) -> Variant:
-    """Groups of four query heads over a key head where causal, none in the tower."""
+    """Groups of four query heads over a key head, none in the tower."""
     kinds = {
         **dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), flat),
         **dict.fromkeys(("lse", "delta"), "*fp32"),

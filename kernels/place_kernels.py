@@ -95,7 +95,7 @@ def place(
     text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tensor, blocks: Blocks
 ) -> Tensor:
     """`[T H]` in text's type; see `place_rows`."""
-    text, rows = rows_in_memory(text), rows_in_memory(rows)
+    text, rows, source = rows_in_memory(text), rows_in_memory(rows), source.contiguous()
     row_end = None if row_end is None else row_end.contiguous()
     out = torch.empty(text.shape, dtype=text.dtype, device=text.device)
     place_kernel[(text.shape[0],)](
@@ -110,7 +110,7 @@ def fill(
     text: Tensor, row_end: Tensor | None, source: Tensor, to: Tensor, out: Tensor, blocks: Blocks
 ) -> None:
     """Write text and row-ends into out `[T H]`, where the rows stand already; to: int64 `[R]`."""
-    text = rows_in_memory(text)
+    text, source = rows_in_memory(text), source.contiguous()
     row_end = None if row_end is None else row_end.contiguous()
     fill_kernel[(text.shape[0],)](
         text, row_end, source, to, out, text.shape[1], text.stride(0), out.stride(0),

@@ -65,6 +65,8 @@ def _by_copies(text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tenso
 def _by_masks(text: Tensor, rows: Tensor, row_end: Tensor | None, source: Tensor) -> Tensor:
     """Without data-dependent shapes. Places without a row read some row, each another one: their
     zero gradients would otherwise all be added to the same."""
+    if not len(rows):
+        rows = rows.new_zeros(1, rows.shape[1])
     spread = torch.arange(len(source), device=source.device) % len(rows)
     placed = rows[torch.where(source >= 0, source, spread)].to(text.dtype)
     out = torch.where((source == TEXT)[:, None], text, placed)

@@ -27,8 +27,8 @@ def _normal(h, EXACT: tl.constexpr):
     """Φ(h) and φ(h), the distribution and the density of N(0, 1): gelu(h) = h Φ(h),
     gelu'(h) = Φ(h) + h φ(h).
 
-    EXACT: by erf. Otherwise by Abramowitz & Stegun 7.1.26 (error of Φ below 1e-7, far below half
-    a unit of any 16-bit type), which shares its exponential with φ and needs few registers."""
+    EXACT: by erf. Otherwise by Abramowitz & Stegun 7.1.26 (error of Φ below 1e-7, far below what
+    a 16-bit h leaves open), which shares its exponential with φ and needs few registers."""
     bell = tl.exp(-0.5 * h * h)
     if EXACT:
         cdf = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))

@@ -32,6 +32,8 @@ def project_rows_reference(
     row_end: Tensor | None,
     source: Tensor,
     rows: Tensor | None = None,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """The definition; same signature as `project_rows`."""
     projected = mlp.gelu_mlp_reference(x, w1, b1, w2, b2, rows)
@@ -48,21 +50,26 @@ def project_rows(
     row_end: Tensor | None,
     source: Tensor,
     rows: Tensor | None = None,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Project the chosen rows of x and fill the visual places of a packed embedding sequence.
 
     Args:
-        x, w1, b1, w2, b2, rows: as for `gelu_mlp`; at least one row.
+        x, w1, b1, w2, b2, rows, recompute: as for `gelu_mlp`.
         text, row_end, source: as for `place_rows`.
 
     Returns:
         `[T H]` in the type of text.
     """
+    mlp.check_shapes(x, w1, b1, w2, b2)
     count = x.shape[0] if rows is None else rows.shape[0]
     table = choose("gelu_mlp", x.device, x.dtype, count).table
-    if table is not None and table.uses("down", count) and text.dtype == x.dtype:
-        return project_rows_triton(x, w1, b1, w2, b2, text, row_end, source, rows, table=table)
-    projected = mlp.gelu_mlp(x, w1, b1, w2, b2, rows)
+    if table is not None and table.uses("down", count) and text.dtype == x.dtype and len(source):
+        return project_rows_triton(
+            x, w1, b1, w2, b2, text, row_end, source, rows, table=table, recompute=recompute
+        )
+    projected = mlp.gelu_mlp(x, w1, b1, w2, b2, rows, recompute=recompute)
     return placing.place_rows(text, projected, row_end, source)
 
 
@@ -78,8 +85,10 @@ def project_rows_triton(
     rows: Tensor | None = None,
     *,
     table: Table,
+    recompute: bool = False,
 ) -> Tensor:
-    """Our autograd function, with our second product; at least one row, one type for all."""
+    """Our autograd function, with our second product; at least one row and one token, one type for
+    all."""
     inputs = [x, w1, b1, w2, b2, text]
     if any(tensor.dtype != x.dtype for tensor in inputs):
         raise ValueError(f"project_rows: one type for all inputs, not {[t.dtype for t in inputs]}")
@@ -90,7 +99,7 @@ def project_rows_triton(
         )
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     with torch.cuda.device_of(x):
-        out = _ProjectRows.apply(*inputs, row_end, source, rows, table, keep)
+        out = _ProjectRows.apply(*inputs, row_end, source, rows, table, keep and not recompute)
     assert isinstance(out, Tensor)
     return out
 

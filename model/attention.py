@@ -18,7 +18,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -47,7 +46,11 @@ def implementation(name: str) -> str:
     """The transformers name of an `attention=` choice; UsageError for one that cannot run."""
     if name not in IMPLEMENTATIONS:
         raise UsageError(f"attention {name!r} is unknown; {suggest(name, IMPLEMENTATIONS)}")
-    reason = refusal(name)
+    try:
+        reason = refusal(name)
+        forced(default_device())  # a bad switch or table is told here, not in the first forward
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if reason is not None:
         raise UsageError(f"attention {name!r}: {reason}; choose attention=auto")
     return IMPLEMENTATIONS[name]
@@ -85,8 +88,11 @@ class Chosen:
     reason: str
 
 
-def auto_choice(operation: str, device: torch.device, dtype: torch.dtype, rows: int) -> Chosen:
-    """The policy of `attention="auto"` for an operation of the backend's table.
+def auto_choice(
+    operation: str, device: torch.device, dtype: torch.dtype, rows: int, packed: bool
+) -> Chosen:
+    """The policy of `attention="auto"` for an operation of the backend's table (or
+    "attention_other"); packed: a causal pack, whatever its heads.
 
     Our kernels where they were measured to win on this kind of GPU; for packs else flash-attn,
     which takes a pack in one call; else torch's sdpa, for packs one sequence after the other.
@@ -95,7 +101,7 @@ def auto_choice(operation: str, device: torch.device, dtype: torch.dtype, rows: 
     if ours.table is not None:
         return Chosen("triton", ours.reason)
     narrow = dtype in (torch.float16, torch.bfloat16)
-    if operation == "attention_packed" and device.type == "cuda" and narrow:
+    if packed and device.type == "cuda" and narrow:
         other = refusal("flash_attention_2")
         if other is None:
             return Chosen("flash_attention_2", f"takes a pack in one call; {ours.reason}")
@@ -119,8 +125,9 @@ def auto_attention(
     packed = kwargs.get("cu_seq_lens_q") is not None
     q, k = (rearrange(x, "b h s d -> b s h d") for x in (query, key))
     operation, rows = operation_of(q[0] if packed else q, k, packed, bool(module.is_causal))
-    if auto_choice(operation, q.device, q.dtype, rows).name == "flash_attention_2":
-        return flash_attention_forward(*inputs, scaling=scaling, **kwargs)
+    pack = packed and bool(module.is_causal)
+    if auto_choice(operation, q.device, q.dtype, rows, pack).name == "flash_attention_2":
+        return _by_flash_attn(query, key, value, scaling, kwargs), None
     return _by_ours(*inputs[:4], scaling, None, kwargs), None
 
 
@@ -143,6 +150,21 @@ def triton_attention(
     if choice.table is None:
         raise UsageError(f"attention 'triton': {choice.reason}")
     return _by_ours(*inputs[:4], scaling, choice.table, kwargs), None
+
+
+def _by_flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, given: dict[str, Any]
+) -> Tensor:
+    """A causal pack in one call. flash-attn itself is called, because transformers' own function
+    asks the model for the name of its attention, which is ours here."""
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    ends, longest = given["cu_seq_lens_q"], given["max_length_q"]
+    out = flash_attn_varlen_func(
+        q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=True
+    )
+    return out[None]
 
 
 def _by_ours(

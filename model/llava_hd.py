@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel, PreTrainedModel
 from .config import LlavaHDConfig
 from .language import LanguageModel
 from .packing import PackedBatch
-from .projector import build_projector
+from .projector import MLPProjector, build_projector
 from .vision import VisionTower
 
 
@@ -48,13 +48,20 @@ class LlavaHD(nn.Module):
         """The learned row-end `[H]`, or None."""
         return self.projector.row_end
 
+    def checkpoint_gradients(self) -> None:
+        """Keep fewer activations for backward and compute them again: the language model's layers
+        and the projector's hidden rows."""
+        self.language.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        if isinstance(self.projector, MLPProjector):
+            self.projector.recompute = True
+
     @property
     def device(self) -> torch.device:
         return next(self.projector.parameters()).device
 
     def embeddings(self, batch: PackedBatch) -> Tensor:
         """The packed embedding sequence `[T H]`: text, visual rows and row-ends in their places."""
-        features = self.vision(batch.tiles)  # [N P D]
+        features = self.vision(batch.tiles)  # [N P+1 D]
         text = self.language.embed(batch.ids)  # [T H]
         return self.projector(text, features, batch.rows, batch.source)  # [T H]
 

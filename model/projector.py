@@ -6,7 +6,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels.place_rows import place_rows
@@ -18,6 +17,7 @@ class MLPProjector(nn.Module):
 
     The parameters are its own, so that one forward gathers them all under ZeRO-3 and the kernel
     gets plain tensors. The row-end is a vector of language width, added behind the projection.
+    recompute: keep no hidden rows for backward.
     """
 
     def __init__(self, vision_width: int, language_width: int, row_end: bool) -> None:
@@ -26,14 +26,17 @@ class MLPProjector(nn.Module):
         self.bias_1 = nn.Parameter(_bias_init(language_width, vision_width))
         self.weight_2 = nn.Parameter(_linear_init(language_width, language_width))
         self.bias_2 = nn.Parameter(_bias_init(language_width, language_width))
+        self.recompute = False
         self.row_end = _row_end_init(language_width) if row_end else None
 
     def forward(self, text: Tensor, features: Tensor, rows: Tensor, source: Tensor) -> Tensor:
-        """text `[T H]`, features `[N P D]`, kept rows int64 `[R]` among N·P, source int64 `[T]`
-        (kernels/place_rows.py) -> `[T H]`."""
-        flat = rearrange(features, "n p d -> (n p) d")
+        """text `[T H]`, the tower's features `[N P+1 D]` with their CLS, kept rows int64 `[R]`
+        among the N·P without it, source int64 `[T]` (kernels/place_rows.py) -> `[T H]`."""
+        flat, rows = rows_with_cls(features, rows)
         weights = (self.weight_1, self.bias_1, self.weight_2, self.bias_2)
-        return project_rows(flat, *weights, text, self.row_end, source, rows=rows)
+        return project_rows(
+            flat, *weights, text, self.row_end, source, rows=rows, recompute=self.recompute
+        )
 
 
 class LinearProjector(nn.Module):
@@ -47,9 +50,16 @@ class LinearProjector(nn.Module):
 
     def forward(self, text: Tensor, features: Tensor, rows: Tensor, source: Tensor) -> Tensor:
         """As MLPProjector.forward."""
-        flat = rearrange(features, "n p d -> (n p) d")
+        flat, rows = rows_with_cls(features, rows)
         projected = F.linear(flat.index_select(0, rows), self.weight, self.bias)
         return place_rows(text, projected, self.row_end, source)
+
+
+def rows_with_cls(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Features `[N P+1 D]` as `[N·(P+1) D]`, not copied, and rows numbered without the CLS as they
+    stand there."""
+    patches = features.shape[1] - 1
+    return features.flatten(0, 1), rows + rows // patches + 1
 
 
 def build_projector(

@@ -1,4 +1,4 @@
-"""The CLIP tower: tiles to patch features of the chosen layer, CLS dropped."""
+"""The CLIP tower: tiles to features of the chosen layer; the CLS stays, nobody reads it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, tiles: Tensor) -> Tensor:
-        """uint8 `[N 3 px px]` -> `[N P D]`; every tile is encoded alone, all in one call."""
+        """uint8 `[N 3 px px]` -> `[N P+1 D]`, the CLS first; every tile is encoded alone, all in
+        one call. Dropping the CLS here would copy every feature."""
         pixels = normalise(tiles, self.clip.embeddings.patch_embedding.weight.dtype)
         hidden = self.clip.pre_layrnorm(self.clip.embeddings(pixels))
         for layer in self.clip.encoder.layers[: self.num_layers]:
             hidden = layer(hidden, attention_mask=None)
-        return hidden[:, 1:]
+        return hidden

@@ -14,9 +14,22 @@ from llava_hd.hd.errors import UsageError
 from llava_hd.kernels import backend
 from llava_hd.kernels.attention_schedule import Schedule
 from llava_hd.kernels.backend import SWITCH, everywhere, load_shipped
-from llava_hd.kernels.flash_attention import flash_attention, operation_of, pack_schedule
+from llava_hd.kernels.flash_attention import (
+    flash_attention,
+    flash_attention_reference,
+    operation_of,
+    pack_schedule,
+)
 from llava_hd.model import attention
-from llava_hd.model.attention import IMPLEMENTATIONS, SCHEDULE, auto_choice, implementation, refusal
+from llava_hd.model.attention import (
+    IMPLEMENTATIONS,
+    SCHEDULE,
+    Chosen,
+    auto_attention,
+    auto_choice,
+    implementation,
+    refusal,
+)
 from llava_hd.model.attention_xformers import mask_for, xformers_attention
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -40,7 +53,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch, measured: bool, flash_attn: bool)
 
 def test_auto_on_a_cpu_is_sdpa() -> None:
     for operation in ("attention_packed", "attention_dense", "attention_tower"):
-        assert auto_choice(operation, CPU, torch.float32, 1000).name == "sdpa"
+        assert auto_choice(operation, CPU, torch.float32, 1000, True).name == "sdpa"
 
 
 @pytest.mark.parametrize("flash_attn", [True, False])
@@ -49,18 +62,24 @@ def test_auto_takes_our_kernels_where_they_were_measured_to_win(
 ) -> None:
     on_hopper(monkeypatch, measured=True, flash_attn=flash_attn)
     for operation in ("attention_packed", "attention_dense", "attention_tower"):
-        assert auto_choice(operation, GPU, torch.bfloat16, 1000).name == "triton"
+        assert auto_choice(operation, GPU, torch.bfloat16, 1000, False).name == "triton"
+    other = auto_choice("attention_other", GPU, torch.bfloat16, 1000, True)
+    assert other.name == ("flash_attention_2" if flash_attn else "sdpa")
 
 
 def test_auto_without_measurements_takes_flash_attn_for_packs_where_it_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on_hopper(monkeypatch, measured=False, flash_attn=True)
-    assert auto_choice("attention_packed", GPU, torch.bfloat16, 1000).name == "flash_attention_2"
-    assert auto_choice("attention_dense", GPU, torch.bfloat16, 1000).name == "sdpa"
-    assert auto_choice("attention_packed", GPU, torch.float32, 1000).name == "sdpa"
+
+    def chosen_for(kind: str, dtype: torch.dtype) -> Chosen:
+        return auto_choice(f"attention_{kind}", GPU, dtype, 1000, kind == "packed")
+
+    assert chosen_for("packed", torch.bfloat16).name == "flash_attention_2"
+    assert chosen_for("dense", torch.bfloat16).name == "sdpa"
+    assert chosen_for("packed", torch.float32).name == "sdpa"
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
-    chosen = auto_choice("attention_packed", GPU, torch.bfloat16, 1000)
+    chosen = chosen_for("packed", torch.bfloat16)
     assert chosen.name == "sdpa" and "off until measured" in chosen.reason
 
 
@@ -69,13 +88,14 @@ def test_the_operation_follows_from_the_shapes() -> None:
         q, k = torch.empty(2, queries, 3, d), torch.empty(2, keys, 3, d)
         return operation_of(q[0] if packed else q, k, packed, causal)
 
-    assert of(9, 9, 8, True, True) == ("attention_packed", 9)
+    assert of(9, 9, 128, True, True) == ("attention_packed", 9)
+    assert of(9, 9, 80, False, True) == ("attention_dense", 18)
+    for d, packed, causal in ((64, True, True), (256, False, True), (128, True, False)):
+        assert of(9, 9, d, packed, causal)[0] == "attention_other"
     assert of(257, 257, 64, False, False) == ("attention_tower", 514)
     assert of(577, 577, 64, False, False) == ("attention_tower", 1154)
-    assert of(577, 577, 64, False, True) == ("attention_dense", 1154)
-    assert of(577, 577, 80, False, False) == ("attention_dense", 1154)
-    assert of(576, 576, 64, False, False) == ("attention_dense", 1152)
-    assert of(1, 1, 64, False, False) == ("attention_dense", 2)
+    for tokens, d in ((577, 80), (576, 64), (1, 64)):
+        assert of(tokens, tokens, d, False, False)[0] == "attention_other"
 
 
 def test_what_cannot_run_here_is_refused_with_the_reason() -> None:
@@ -89,6 +109,38 @@ def test_what_cannot_run_here_is_refused_with_the_reason() -> None:
     assert set(IMPLEMENTATIONS) == {
         "auto", "triton", "xformers", "flash_attention_2", "flash_attention_3", "sdpa", "eager",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_auto_calls_flash_attn_itself(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]
+) -> None:
+    """A stand-in with flash-attn's signature that computes by the definition."""
+
+    def flash_attn_varlen_func(  # type: ignore[no-untyped-def]
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p=0.0, softmax_scale=None, causal=False,
+    ):  # fmt: skip
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k == 7
+        return flash_attention_reference(
+            q, k, v, cu_seqlens=cu_seqlens_q, causal=causal, scale=softmax_scale
+        )
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(
+        attention, "auto_choice", lambda *args: Chosen("flash_attention_2", "the test says so")
+    )
+    layer = nn.Module()
+    layer.is_causal = True
+    q, k, v = (torch.randn(1, h, 12, 8) for h in (heads[0], heads[1], heads[1]))
+    cu = torch.tensor([0, 5, 12], dtype=torch.int32)
+    out, _ = auto_attention(
+        layer, q, k, v, None, scaling=0.3, cu_seq_lens_q=cu, max_length_q=7, dropout=0.0
+    )
+    exact = flash_attention(*(x[0].transpose(0, 1) for x in (q, k, v)), cu_seqlens=cu, scale=0.3)
+    torch.testing.assert_close(out[0], exact)
 
 
 def fake_xformers(monkeypatch: pytest.MonkeyPatch) -> list[dict]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks import only_some
 
 from llava_hd.kernels import backend
 from llava_hd.kernels.backend import (
@@ -16,6 +17,7 @@ from llava_hd.kernels.backend import (
     architecture,
     choose,
     everywhere,
+    load_shipped,
     load_table,
     parse_table,
     table_path,
@@ -44,11 +46,23 @@ def test_a_cpu_takes_torch_and_says_why() -> None:
 
 def test_a_gpu_takes_triton_from_the_tables_first_row_on(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     gpu = on_a_gpu(monkeypatch, 9, 0)
-    start = load_table("sm_90").entries["gelu_mlp"].from_rows
-    assert start is not None
-    few, many = (choose("gelu_mlp", gpu, torch.bfloat16, n) for n in (start - 1, start))
-    assert few.path == "torch" and str(start) in few.reason
-    assert many.path == "triton" and many.table == load_table("sm_90")
+    table = only_some(load_shipped("sm_90"), gelu_mlp=2048)
+    monkeypatch.setattr(backend, "load_table", lambda name: table)
+    few, many = (choose("gelu_mlp", gpu, torch.bfloat16, n) for n in (2047, 2048))
+    assert few.path == "torch" and "2048" in few.reason
+    assert many.path == "triton" and many.table == table
+
+
+def test_shipped_tables_use_nothing_that_was_not_measured(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    gpu = on_a_gpu(monkeypatch, 9, 0)
+    for name in ("sm_80", "sm_90"):
+        table = load_shipped(name)
+        used = [op for op in OPERATIONS if table.entries[op].from_rows is not None]
+        assert not used or table.measured
+    for operation in OPERATIONS:
+        choice = choose(operation, gpu, torch.bfloat16, 10**6)
+        assert choice.path == "torch" and "bench tune" in choice.reason
+    assert "does not measure" in choose("attention_other", gpu, torch.bfloat16, 10**6).reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])

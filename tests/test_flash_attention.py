@@ -7,6 +7,7 @@ from llava_hd.kernels.flash_attention import (
     flash_attention,
     flash_attention_reference,
     flash_attention_with_lse,
+    pack_schedule,
 )
 
 
@@ -105,7 +106,35 @@ def test_the_log_of_the_sum_of_exponentials(causal: bool) -> None:
     torch.testing.assert_close(lse[:, 4:], scores.exp().sum(-1).log().detach())
 
 
+def test_a_schedule_of_another_pack_is_refused() -> None:
+    q, k, v = qkv((8, 2, 4), (8, 2, 4))
+    cu = torch.tensor([0, 8], dtype=torch.int32)
+    for schedule in (pack_schedule(cu, 8, causal=False), pack_schedule(cu, 9)):
+        with pytest.raises(ValueError, match="the schedule is for"):
+            flash_attention(q, k, v, cu_seqlens=cu, schedule=schedule)
+
+
+@pytest.mark.parametrize("ends", [[1, 8], [0, 5, 3], []])
+def test_ends_that_do_not_rise_from_zero_are_refused(ends: list[int]) -> None:
+    q, k, v = qkv((8, 2, 4), (8, 2, 4))
+    with pytest.raises(ValueError, match="rise from 0"):
+        flash_attention(q, k, v, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+
+
+def test_nothing_to_look_at_gives_zeros_with_a_gradient() -> None:
+    q, k, v = qkv((1, 3, 2, 4), (1, 0, 2, 4))
+    out = flash_attention(q, k, v, causal=False)
+    assert out.eq(0).all()
+    assert torch.autograd.grad(out.sum(), q)[0].eq(0).all()
+    q, k, v = qkv((3, 2, 4), (3, 2, 4))
+    out = flash_attention(q, k, v, cu_seqlens=torch.tensor([0, 0], dtype=torch.int32))
+    assert torch.autograd.grad(out.sum(), q)[0].eq(0).all()
+
+
 def test_shapes_that_do_not_fit_are_named() -> None:
+    for a, b in (((3, 6, 2, 4), (2, 6, 2, 4)), ((1, 6, 2, 8), (1, 6, 2, 4))):
+        with pytest.raises(ValueError, match=r"need \[B S H d\]"):
+            flash_attention(*qkv(a, b))
     q, k, v = qkv((1, 6, 2, 4), (1, 4, 2, 4))
     with pytest.raises(ValueError, match=r"v \(1, 3, 2, 4\)"):
         flash_attention(q, k, v[:, :3])

@@ -68,3 +68,5 @@ def test_shapes_that_do_not_chain_are_named() -> None:
     args = inputs(4, 3, 5, 2, torch.float32)
     with pytest.raises(ValueError, match=r"x \(4, 2\)"):
         gelu_mlp(args[0][:, :2], *args[1:])
+    with pytest.raises(ValueError, match=r"b1 \(4,\)"):
+        gelu_mlp(*args[:2], args[2][:4], *args[3:])

@@ -136,6 +136,15 @@ def test_inputs_of_any_layout() -> None:
     check([x, w1, b1, w2, b2], None, small_table(), random_grad)
 
 
+def test_vectors_of_any_stride() -> None:
+    args = inputs(50, WIDTHS, torch.float32)
+    args[2] = torch.randn(WIDTHS[1], 2)[:, 0].requires_grad_()
+    args[4] = torch.tensor(0.5).expand(WIDTHS[2]).requires_grad_()
+    rows = torch.randint(50, (30, 3))[:, 1]
+    for tma in (False, True):
+        check(args, rows, small_table(tma=tma), random_grad)
+
+
 def test_rows_that_nobody_names_do_not_matter() -> None:
     args = inputs(40, WIDTHS, torch.float32)
     args[0].data[[0, 3, 39]] = float("nan")  # row 0 is what masked-out rows read

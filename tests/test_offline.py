@@ -1,6 +1,7 @@
 """The shipped block sizes compiled for chips that are not here."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import triton
@@ -53,6 +54,30 @@ def test_shipped_blocks_compile_fit_and_spill_nothing(
         if variant.blocks.stages > 1:  # loads run ahead of the products
             assert code.instructions["LDGSTS"] > 0
         assert (code.instructions["UTMALDG"] > 0) == variant.blocks.tma
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_also_compile_without_tensor_descriptors(name: str) -> None:
+    """What a matrix that is not aligned takes on Hopper."""
+    table = load_table("sm_90")
+    entries = {
+        product: replace(table.entries[product], blocks=replace(table.blocks(product), tma=False))
+        for product in PRODUCTS
+    }
+    table = replace(table, entries={**table.entries, **entries})
+    (variant,) = [v for v in variants(table) if v.name == name]
+    code = compile_variant(variant, "sm_90")
+    assert code.spills == 0 and code.shared <= SHARED_LIMIT["sm_90"]
+    assert code.instructions["UTMALDG"] == 0 < code.instructions["LDGSTS"]
+
+
+def test_every_launched_form_is_compiled() -> None:
+    """The two uses of weight_grad, and attention causal and full."""
+    names = {variant.name for variant in variants(load_table("sm_80"))}
+    assert {"weight_grad", "weight_grad_gathered"} <= names
+    for kind in ("forward", "query_grad", "key_grad"):
+        for width in (64, 128, 256):
+            assert {f"attention_{kind}_{width}", f"attention_{kind}_{width}_full"} <= names
 
 
 @triton.jit

@@ -89,6 +89,12 @@ def test_inputs_of_any_layout() -> None:
     check([text, rows, end], source, torch.randn(len(source), 70))
 
 
+def test_places_of_any_stride() -> None:
+    source = torch.stack([map_source(4, 4, 3, 3)] * 2, 1)[:, 0]
+    assert source.stride() == (2,)
+    check(inputs(len(source), 16, 40, torch.float32, 2), source, torch.randn(len(source), 40))
+
+
 def test_without_row_ends_and_with_rows_of_another_type() -> None:
     source = torch.tensor([TEXT, 0, 2, TEXT])
     text, rows = torch.randn(4, 9).half(), torch.randn(3, 9)

@@ -74,6 +74,24 @@ def test_text_stays_what_it_was_and_undefined_rows_stay_out() -> None:
     assert torch.equal(out[[0, 3, 5]], args[5][[0, 3, 5]])
 
 
+def test_recompute_keeps_the_graph_usable_and_strides_do_not_matter() -> None:
+    args = inputs(9, 5, torch.float32, 1)
+    source = torch.tensor([[-1, 0], [0, 0], [1, 0], [-2, 0], [2, 0]])[:, 0]
+    rows = torch.tensor([[7, 0], [0, 0], [3, 0]])[:, 0]
+    dout = torch.randn(5, LANGUAGE)
+    table = small_table()
+    out = project_rows_triton(*args, source, rows, table=table, recompute=True)
+    torchs = torch.autograd.grad(composed(*args, source, rows), args, dout)
+    for _ in range(2):
+        ours = torch.autograd.grad(out, args, dout, retain_graph=True)
+        for mine, theirs in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    once = project_rows_triton(*args, source, rows, table=table)
+    torch.autograd.grad(once, args, dout, retain_graph=True)
+    with pytest.raises(RuntimeError, match="project_rows with recompute=True"):
+        torch.autograd.grad(once, args, dout)
+
+
 def test_only_the_gradients_that_are_asked_for() -> None:
     source = torch.tensor([-1, 0, 1, -2, 2])
     for asked in ((6,), (5,), (1, 2, 3, 4), (1, 2, 3, 4, 6)):

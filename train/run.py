@@ -104,7 +104,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> TrainResult:
         model, processor = build_model(config, job.checkpoint)
     freeze(model, config.stage)
     if config.gradient_checkpointing:
-        model.language.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.checkpoint_gradients()
     optimizer = build_optimizer(model, config.optimizer)
     engine = start_engine(model.train(), optimizer, config, world)
     rates = LearningRates(engine.optimizer, config.optimizer)
