@@ -56,9 +56,9 @@ def assemble(
     with quiet_transformers():
         clip = _load(CLIPVisionModel, vision, dtype, attention)
         causal_lm = _load(AutoModelForCausalLM, language, dtype, attention)
-        tokenizer = _load_tokenizer(language)
+        tokenizer = load_tokenizer(language)
         image_token_id = add_image_token(tokenizer, causal_lm)
-        tokenizer = _as_saved(tokenizer)
+        tokenizer = as_saved(tokenizer)
     ends = causal_lm.generation_config.eos_token_id
     if ends is not None:
         causal_lm.config.eos_token_id = ends  # some models name all their end tokens only there
@@ -135,7 +135,8 @@ def _check_language(folder: str | Path, attention: str) -> None:
     check_supported(empty, implementation(attention))
 
 
-def _load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a language model's folder; UsageError where it holds none."""
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -145,7 +146,7 @@ def _load_tokenizer(folder: str | Path) -> Any:
         ) from error
 
 
-def _as_saved(tokenizer: Any) -> Any:
+def as_saved(tokenizer: Any) -> Any:
     """The tokenizer as it comes back from a saved model folder.
 
     transformers drops settings (Llama's `legacy`) when it saves, so the two may split words

@@ -39,10 +39,10 @@ class Record:
     @property
     def where(self) -> str:
         """File, index and id, for messages."""
-        return f"{self.file}: {_name(self.index, self.id)}"
+        return f"{self.file}: {record_name(self.index, self.id)}"
 
 
-class _Fault(Exception):
+class RecordFault(Exception):
     """What is wrong with one record: field, reason and remedy."""
 
 
@@ -53,14 +53,14 @@ def read_records(paths: Sequence[str | Path]) -> list[Record]:
     record with file, index, id, field and remedy, and how many are faulty in all.
     """
     records: list[Record] = []
-    with _no_collection():
+    with without_collection():
         for path in paths:
             records += _read_file(Path(path))
     return records
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Without garbage collection, which would go over all records again and again: reading 100,000
     took 4.7 s of CPU with it and 2.4 s without."""
     was_on = gc.isenabled()
@@ -76,10 +76,10 @@ def _read_file(path: Path) -> list[Record]:
     records, faults = [], []
     for index, value in enumerate(_values(path)):
         try:
-            records.append(_record(value, str(path), index))
-        except _Fault as fault:
+            records.append(parse_record(value, str(path), index))
+        except RecordFault as fault:
             identity = value.get("id") if isinstance(value, dict) else None
-            faults.append(f"{path}: {_name(index, identity)}: {fault}")
+            faults.append(f"{path}: {record_name(index, identity)}: {fault}")
     if faults:
         more = f" ({len(faults)} faulty records in this file)" if len(faults) > 1 else ""
         raise DataError(faults[0] + more)
@@ -88,23 +88,25 @@ def _read_file(path: Path) -> list[Record]:
     return records
 
 
-def _name(index: int, identity: object) -> str:
+def record_name(index: int, identity: object) -> str:
+    """A record for messages: its index from 0, and its id where it has one."""
     return f"record {index}" if identity is None else f"record {index} (id {identity!r:.80})"
 
 
 def _values(path: Path) -> Iterator[Any]:
     """The JSON values of the records; a `[` begins an array, anything else JSON lines."""
-    text = _text(path)
+    text = read_file_text(path)
     if text.lstrip()[:1] == "[":
-        values = _parse(path, text, 1)
+        values = parse_file_text(path, text, 1)
         yield from values
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _parse(path, line, number, text)
+            yield parse_file_text(path, line, number, text)
 
 
-def _text(path: Path) -> str:
+def read_file_text(path: Path) -> str:
+    """A data file as text; UsageError where it is not there, DataError where it is no UTF-8."""
     try:
         data = path.read_bytes()
     except IsADirectoryError:
@@ -122,7 +124,7 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _parse(path: Path, text: str, line: int, whole: str = "") -> Any:
+def parse_file_text(path: Path, text: str, line: int, whole: str = "") -> Any:
     """The JSON value of `text`, which begins in that line of the file; DataError otherwise."""
     try:
         return json.loads(text, parse_constant=_no_constant)
@@ -164,15 +166,16 @@ def _no_constant(word: str) -> Any:
     raise json.JSONDecodeError(f"{word} is not allowed", word, 0)
 
 
-def _record(value: Any, file: str, index: int) -> Record:
+def parse_record(value: Any, file: str, index: int) -> Record:
+    """One record of a data file, checked; RecordFault with field and remedy where it is faulty."""
     if not isinstance(value, dict):
-        raise _Fault(f"is {_kind(value)}, not an object with {', '.join(KEYS)}")
+        raise RecordFault(f"is {_kind(value)}, not an object with {', '.join(KEYS)}")
     if "conversations" not in value:
-        raise _Fault(f"conversations is missing; {_near('conversations', value)}")
+        raise RecordFault(f"conversations is missing; {_near('conversations', value)}")
     identity = value.get("id")
     if not isinstance(identity, (str, int, type(None))) or isinstance(identity, bool):
         kind = "a fraction" if isinstance(identity, float) else _kind(identity)
-        raise _Fault(f"id is {kind}; give text or a whole number")
+        raise RecordFault(f"id is {kind}; give text or a whole number")
     images = _images(value.get("image"))
     turns = _turns(value["conversations"])
     tags = sum(turn.text.count(IMAGE_TAG) for turn in turns if turn.role == "human")
@@ -180,7 +183,7 @@ def _record(value: Any, file: str, index: int) -> Record:
         hint = "write one tag per image"
         if "image" not in value and tags:
             hint = _near("image", value)
-        raise _Fault(
+        raise RecordFault(
             f"conversations: {tags} {IMAGE_TAG} tags in the human turns but {len(images)} images "
             f"in image; {hint}"
         )
@@ -201,11 +204,11 @@ def _images(value: Any) -> tuple[str, ...]:
         return ()
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise _Fault(f"image is {_kind(value)}; give a relative path, or a list of them")
+        raise RecordFault(f"image is {_kind(value)}; give a relative path, or a list of them")
     for name in names:
         fault = path_fault(name)
         if fault:
-            raise _Fault(f"image {name!r} {fault}; give a path below the image folder")
+            raise RecordFault(f"image {name!r} {fault}; give a path below the image folder")
     return tuple(names)
 
 
@@ -237,12 +240,12 @@ def _has_lone_surrogate(text: str) -> bool:
 
 def _turns(value: Any) -> tuple[Turn, ...]:
     if not isinstance(value, list):
-        raise _Fault(f"conversations is {_kind(value)}; give a list of turns")
+        raise RecordFault(f"conversations is {_kind(value)}; give a list of turns")
     if not value:
-        raise _Fault("conversations is empty; give a human turn and its answer")
+        raise RecordFault("conversations is empty; give a human turn and its answer")
     turns = tuple(_turn(number, turn) for number, turn in enumerate(value))
     if len(turns) % 2:
-        raise _Fault(
+        raise RecordFault(
             f"conversations: {len(turns)} turns, the last one from human; end with an answer"
         )
     return turns
@@ -251,24 +254,24 @@ def _turns(value: Any) -> tuple[Turn, ...]:
 def _turn(number: int, value: Any) -> Turn:
     field = f"conversations[{number}]"
     if not isinstance(value, dict):
-        raise _Fault(f"{field} is {_kind(value)}; give an object with from and value")
+        raise RecordFault(f"{field} is {_kind(value)}; give an object with from and value")
     for key in ("from", "value"):
         if key not in value:
-            raise _Fault(f"{field}.{key} is missing; add it")
+            raise RecordFault(f"{field}.{key} is missing; add it")
         if not isinstance(value[key], str):
-            raise _Fault(f"{field}.{key} is {_kind(value[key])}; give text")
+            raise RecordFault(f"{field}.{key} is {_kind(value[key])}; give text")
     role, text, expected = value["from"], value["value"], ROLES[number % 2]
     if role not in ROLES:
-        raise _Fault(f"{field}.from {role!r} is unknown; write 'human' or 'gpt'")
+        raise RecordFault(f"{field}.from {role!r} is unknown; write 'human' or 'gpt'")
     if role != expected:
-        raise _Fault(
+        raise RecordFault(
             f"{field}.from is {role!r} where {expected!r} is due; turns alternate, human first"
         )
     if not text.strip():
         who = "question" if role == "human" else "answer"
-        raise _Fault(f"{field}.value is an empty {who}; write it or drop the record")
+        raise RecordFault(f"{field}.value is an empty {who}; write it or drop the record")
     if _has_lone_surrogate(text):
-        raise _Fault(
+        raise RecordFault(
             f"{field}.value holds half of a character (a lone surrogate); write the whole one"
         )
     return Turn(role, text)
