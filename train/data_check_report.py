@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..hd.plan import plan_image
 from ..model.prompt import IMAGE_TAG
@@ -129,7 +130,7 @@ def histogram_png(checked: Checked, settings: CheckSettings) -> bytes:
     edges = np.linspace(0, max(longest, settings.max_length) * 1.02, BINS + 1)
     if shown:
         axes.hist(list(shown.values()), bins=edges.tolist(), stacked=True, label=list(shown))
-        axes.set_yscale("symlog", linthresh=10)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axvline(settings.max_length, color="tab:red", linewidth=1.2, label="max_length")
     words = "" if settings.tokenizer else f" (estimated, {CHARACTERS_PER_TOKEN} characters each)"
     axes.set(xlabel=f"tokens{words}", ylabel="samples", title="Tokens of a sample")
