@@ -43,6 +43,18 @@ def test_blocks_of_keys_cover_the_rest_too(lengths: list[int], rest: int, causal
     ]
 
 
+def test_a_pack_of_128k_tokens() -> None:
+    lengths = [3184, 600, 1, 0, 65_536, 61_751]
+    made = schedule_of(lengths, 0, True)
+    assert made.num_rows == (131_072, 131_072)
+    entries = made.query_blocks(128)
+    there = entries[entries[:, 0] >= 0]
+    assert torch.bincount(there[:, 0].long(), minlength=6).tolist() == [
+        (n + 127) // 128 for n in lengths
+    ]
+    assert there[0].tolist() == [4, 511]  # the most keys to see
+
+
 def test_blocks_are_worked_out_once() -> None:
     made = schedule_of([40, 3], 0, True)
     assert made.query_blocks(16) is made.query_blocks(16)

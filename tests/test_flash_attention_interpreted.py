@@ -85,6 +85,10 @@ def test_the_towers_shapes_with_their_first_token_apart(length: int, dtype: torc
     check(qkv((3, length), (2, 2), 16, dtype), causal=False)
 
 
+def test_the_336_px_tower_at_its_own_head_dimension() -> None:
+    check(qkv((1, 577), (1, 1), 64, torch.float16), causal=False)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(1, 40), (5, 40), (33, 70), (40, 7)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_other_numbers_of_keys_than_queries(queries: int, keys: int, causal: bool) -> None:

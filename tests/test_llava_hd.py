@@ -204,6 +204,25 @@ def test_other_attention_implementations_agree_on_a_pack(attention: str, tmp_pat
     torch.testing.assert_close(other.logits(batch), ours.logits(batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
+@torch.no_grad()
+def test_another_image_changes_the_other_samples_by_exactly_nothing(
+    attention: str, tmp_path: Path
+) -> None:
+    save_llava_next(tmp_path, "hdflex")
+    ours = LlavaHD.from_pretrained(tmp_path, attention=attention)
+    packs = [
+        pack([text_sample(3), sample(ours, (100, 90), seed), text_sample(4)], ours.config)
+        for seed in (1, 2)
+    ]
+    packs[1] = replace(packs[1], ids=packs[0].ids)  # the words alike, the image another one
+    first, second = (ours.logits(batch) for batch in packs)
+    words = packs[0].cu_seqlens[1:3].tolist()
+    assert not torch.equal(first[words[0] : words[1]], second[words[0] : words[1]])
+    assert torch.equal(first[: words[0]], second[: words[0]])
+    assert torch.equal(first[words[1] :], second[words[1] :])
+
+
 @torch.no_grad()
 def test_all_layers_share_one_schedule(next_pair, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = next_pair

@@ -8,9 +8,15 @@ from hypothesis import strategies as st
 from kernel_checks import assert_as_exact_as_torch, small_table
 from torch import Tensor
 
+from llava_hd.kernels import backend
+from llava_hd.kernels.backend import SWITCH
 from llava_hd.kernels.gelu_mlp import gelu_mlp_torch
-from llava_hd.kernels.place_rows import place_rows_torch
-from llava_hd.kernels.project_rows import project_rows_reference, project_rows_triton
+from llava_hd.kernels.place_rows import place_rows, place_rows_torch
+from llava_hd.kernels.project_rows import (
+    project_rows,
+    project_rows_reference,
+    project_rows_triton,
+)
 
 VISION, HIDDEN, LANGUAGE = 24, 40, 36
 
@@ -90,6 +96,18 @@ def test_recompute_keeps_the_graph_usable_and_strides_do_not_matter() -> None:
     torch.autograd.grad(once, args, dout, retain_graph=True)
     with pytest.raises(RuntimeError, match="project_rows with recompute=True"):
         torch.autograd.grad(once, args, dout)
+
+
+def test_nothing_to_place_or_to_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "triton")
+    backend._table_for.cache_clear()
+    args = inputs(3, 0, torch.float32, 0)
+    assert project_rows(*args, torch.empty(0, dtype=torch.int64)).shape == (0, LANGUAGE)
+    args = inputs(0, 2, torch.float32, 0)
+    out = project_rows(*args, torch.tensor([-1, -2]))
+    assert torch.equal(out, torch.stack([args[5][0], args[6]]))
+    assert torch.autograd.grad(out.sum(), args)[0].shape == (0, VISION)
+    assert place_rows(args[5][:0], args[5][:1], None, args[0].new_empty(0).long()).shape[0] == 0
 
 
 def test_only_the_gradients_that_are_asked_for() -> None:
