@@ -12,7 +12,8 @@ error is zero where an operation only copies, and small by luck where the result
 loss). In fp32 the order of a sum is the whole error: eager adds in pairs, a loop adds one after the
 other, and n roundings of a random walk are sqrt(n) of one. Both are right; a product in fewer bits
 (TF32, bf16) is a thousand times further off. NaN and infinity are wrong. A provider that is wrong
-gets no time.
+gets no time. Of attention that is too large to be compared as a whole, attention_spots.py compares
+rows of the output and the gradients of some heads.
 """
 
 from __future__ import annotations

@@ -12,8 +12,14 @@ from typing import Any
 
 import torch
 
-from .attention_spots import error_of_rows, exact_rows, spots
-from .kernels_cases import Case, Problem, make_problem
+from .attention_spots import (
+    error_of_rows,
+    exact_rows,
+    fault_of_gradients,
+    gradient_spots,
+    spots,
+)
+from .kernels_cases import Case, Problem, Tensors, make_problem
 from .kernels_errors import (
     OUTPUT,
     Errors,
@@ -141,6 +147,7 @@ def _at_full_size(
         return {}
     rows = spots(case.attention)
     exact = exact_rows(case.attention, problem.tensors, rows)
+    exact_grads = gradient_spots(case, problem)
     dtype, eager = problem.grad.dtype, errors["eager"]
     limit = allowed(eager.output, eager.scale[OUTPUT], dtype, case.terms)
     found: dict[str, str] = {}
@@ -150,7 +157,10 @@ def _at_full_size(
         try:
             answer = _run(_forward_steps(provider, problem))
             error = error_of_rows(provider.form.packed(answer), rows, exact)
-            finite = all(bool(x.isfinite().all()) for x in _run(_training_steps(provider, problem)))
+            grads = _gradients(provider, problem)
+            finite = all(bool(x.isfinite().all()) for x in grads.values())
+            why = fault_of_gradients(grads, exact_grads)
+            del answer, grads
         except Exception as failure:  # a rival may fail in any way; its row says which
             found[provider.name] = f"does not run here: {short_error(failure)}"
             continue
@@ -160,7 +170,15 @@ def _at_full_size(
             )
         elif not finite:
             found[provider.name] = "wrong: a gradient at this size is not finite"
+        elif why is not None:
+            found[provider.name] = why
     return found
+
+
+def _gradients(provider: Provider, problem: Problem) -> Tensors:
+    """A provider's gradients in our form."""
+    own = dict(zip(problem.learned, _run(_training_steps(provider, problem)), strict=True))
+    return provider.form.grads_of(own, problem.tables)
 
 
 def _forward_steps(provider: Provider, problem: Problem) -> Steps:

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import CPU, RUN_ON_CPU, SHAPES, case_of, problem_of, setting
 from torch import Tensor
 
-from llava_hd.bench import attention_rivals, attention_shapes, kernels_trial
+from llava_hd.bench import (
+    kernels_trial,
+)
 from llava_hd.bench.attention_providers import BUILDERS, attention_providers
-from llava_hd.bench.attention_rivals import masked_flex, written_out
+from llava_hd.bench.attention_rivals import masked_flex
 from llava_hd.bench.attention_setting import Setting
 from llava_hd.bench.attention_shapes import (
     OPERATIONS,
@@ -30,51 +33,22 @@ from llava_hd.bench.attention_shapes import (
     pack,
     shapes_of,
 )
-from llava_hd.bench.attention_spots import error_of_rows, exact_rows, spots
-from llava_hd.bench.kernels_cases import Case, Problem, cases_of, make_problem
-from llava_hd.bench.kernels_errors import EXACT, OUTPUT, exact_results, results_of
+from llava_hd.bench.kernels_cases import cases_of
+from llava_hd.bench.kernels_errors import OUTPUT, exact_results, results_of
 from llava_hd.bench.kernels_options import PROVIDERS, add_options, request_of
-from llava_hd.bench.kernels_providers import Provider
 from llava_hd.bench.kernels_rows import Row
-from llava_hd.bench.kernels_trial import try_case
-from llava_hd.bench.measure import Roofline
 from llava_hd.cli.main import main
 from llava_hd.hd.grid import PRESETS
 from llava_hd.hd.plan import plan_image
 from llava_hd.kernels.flash_attention import flash_attention_reference, operation_of
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-SHAPES = {
-    "dense": Shape(4, 4, 16, True, False, (17, 17)),
-    "grouped": Shape(4, 2, 16, True, False, (9, 9, 9)),
-    "tower": Shape(2, 2, 8, False, False, (33, 33)),
-    "pack": Shape(4, 4, 16, True, True, (5, 1, 20, 7)),
-}
-RUN_ON_CPU = {
-    "dense": {"eager", "ours", "sdpa-flash", "sdpa-math"},
-    "grouped": {"eager", "ours", "sdpa-flash", "sdpa-math"},
-    "tower": {"eager", "ours", "sdpa-flash", "sdpa-math"},
-    "pack": {"eager", "ours", "padded"},
-}
+CUDA = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
 def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fewest rounds: tests ask whether there is a time, not which."""
     monkeypatch.setitem(kernels_trial.BUDGET_S, "cpu", 0.0)
-
-
-def setting(shape: Shape, dtype: torch.dtype = torch.float64, device: Any = CPU) -> Setting:
-    return Setting(shape, shape, dtype, device)
-
-
-def case_of(shape: Shape) -> Case:
-    rows = shape.tokens
-    return Case(shape.operation, "test", rows, rows, rows, 0, 0, 0, 0, attention=shape)
-
-
-def problem_of(shape: Shape, dtype: torch.dtype = torch.float64) -> Problem:
-    return make_problem(case_of(shape), dtype, CPU, seed=1)
 
 
 # Shapes and work
@@ -281,85 +255,6 @@ def agrees(name: str, shape: Shape) -> None:
     exact = exact_results(case_of(shape), problem)
     for tensor, value in results_of(provider, problem).items():
         torch.testing.assert_close(value, exact[tensor], rtol=1e-9, atol=1e-9)
-
-
-# Who is wrong gets no time
-
-
-def tried(shape: Shape, call: Any) -> dict[str, list[Row]]:
-    """Rows by provider; `call` as the rival of eager and ours."""
-    case = case_of(shape)
-    asked, checkers = (
-        [
-            *attention_providers(Setting(at, shape, torch.float32, CPU), ("eager", "ours")),
-            Provider("rival", call),
-        ]
-        for at in (shape, case.checked.attention or shape)
-    )
-    roof = Roofline(1.0, 1.0, "", "")
-    rows, _ = try_case(case, torch.float32, CPU, asked, roof, 0, checkers)
-    return {name: [r for r in rows if r.provider == name] for name in ("eager", "ours", "rival")}
-
-
-def test_who_looks_into_another_sequence_is_wrong() -> None:
-    rows = tried(
-        SHAPES["pack"],
-        lambda t, tables: written_out(*(t[name][None] for name in "qkv"), causal=True)[0],
-    )
-    assert all(row.ms is None and row.reason.startswith("wrong: ") for row in rows["rival"])
-    for name in ("eager", "ours"):
-        assert all(row.ms and row.tflops and row.checked == "" for row in rows[name]), name
-        assert [row.mode for row in rows[name]] == ["forward", "backward", "both"]
-
-
-def test_who_is_wrong_only_at_the_full_size_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_shapes, "LONGEST_CHECKED", 24)
-
-    def short_sighted(t: dict[str, Tensor], tables: dict[str, Tensor]) -> Tensor:
-        """Queries behind the 32nd see no key before the 16th."""
-        right = EXACT["attention_dense"](t, tables)
-        if t["q"].shape[1] <= 32:
-            return right
-        late = EXACT["attention_dense"]({name: x[:, 16:] for name, x in t.items()}, tables)
-        return torch.cat([right[:, :32], late[:, 16:]], 1)
-
-    def raises(t: dict[str, Tensor], tables: dict[str, Tensor]) -> Tensor:
-        if t["q"].shape[1] > 32:
-            raise RuntimeError("no kernel for so many")
-        return EXACT["attention_dense"](t, tables)
-
-    shape = Shape(2, 2, 16, True, False, (64, 64))
-    rows = tried(shape, short_sighted)
-    assert all(r.reason.startswith("wrong: error of output rows") for r in rows["rival"])
-    assert all(r.ms is None and r.error_output is not None for r in rows["rival"])
-    assert all(r.ms and r.checked == "2 x up to 24 tokens" for r in rows["ours"])
-    assert all(r.reason == "does not run here: RuntimeError: no kernel for so many"
-               for r in tried(shape, raises)["rival"])  # fmt: skip
-
-
-def test_who_writes_too_many_scores_is_checked_and_not_timed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(attention_rivals, "SCORES_TIMED", 100)
-    rows = tried(SHAPES["pack"], EXACT["attention_packed"])
-    for row in rows["eager"]:
-        assert row.ms is None and row.reason.startswith("not timed: the scores are")
-        assert row.error_output is not None and row.error_vs_eager == 1
-    assert all(row.ms for name in ("ours", "rival") for row in rows[name])
-
-
-@pytest.mark.parametrize("kind", SHAPES)
-def test_rows_at_the_full_size_are_those_of_the_definition(kind: str) -> None:
-    shape = SHAPES[kind]
-    problem = problem_of(shape)
-    whole = exact_results(case_of(shape), problem)[OUTPUT]
-    rows = spots(shape)
-    assert {0, shape.tokens - 1} <= set(rows) and rows == spots(shape)
-    exact = exact_rows(shape, problem.tensors, rows)
-    assert error_of_rows(whole, rows, exact) < 1e-12
-    broken = whole.clone().reshape(-1, *whole.shape[-2:])
-    broken[rows[1]] = float("nan")
-    assert error_of_rows(broken, rows, exact) == float("inf")
 
 
 def test_command_measures_every_operation(
