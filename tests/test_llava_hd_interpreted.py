@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_llava_hd import next_inputs, sample, text_sample
+from test_llava_hd import (  # the tests among them run here with this file's `next_pair`
+    next_inputs,
+    sample,
+    test_greedy_answers_equal_the_oracles_alone_and_in_a_mixed_batch,  # noqa: F401
+    test_samples_of_a_pack_never_see_each_other,  # noqa: F401
+    text_sample,
+)
 from tiny import IMAGE_ID, random_image, save_llava, save_llava_next
 from transformers import LlavaImageProcessorPil
 
