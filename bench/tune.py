@@ -249,7 +249,7 @@ def device_timer(device: torch.device) -> Timer:
     return timer
 
 
-def tune_device(sizes: Sizes, out: Path | None, command: str, say: Say) -> Path:
+def tune_device(sizes: Sizes, out: str | None, command: str, say: Say) -> Path:
     """Tune the current GPU in bf16, write its table and, beside it, the record of all times.
 
     Returns the table's path. Raises ValueError without a GPU that the kernels serve.
@@ -261,7 +261,7 @@ def tune_device(sizes: Sizes, out: Path | None, command: str, say: Say) -> Path:
     arch = architecture(*capability)
     if arch is None:
         raise ValueError(f"compute capability {capability} is older than 8.0")
-    path = out or table_path(arch)
+    path = table_path(arch) if out is None else Path(out)
     facts = environment(device, command, sizes.seed)
     say(f"{device_name(device)}: table {arch}, widths {sizes.widths}, rows {sizes.rows}")
     table, trials, races = tune(arch, sizes, device, torch.bfloat16, device_timer(device), say)

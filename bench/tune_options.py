@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,9 @@ class Sizes:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of both entry points."""
-    parser.add_argument("--out", type=Path, help="the table's file (default: this machine's own)")
+    parser.add_argument(
+        "--out", type=str, metavar="FILE", help="the table's file (default: this machine's own)"
+    )
     parser.add_argument("--widths", type=int, nargs=3, default=[1024, 4096, 4096],
                         metavar=("VISION", "HIDDEN", "LANGUAGE"), help="default: 7B")  # fmt: skip
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096, 16384, 65536],

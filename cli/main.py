@@ -108,11 +108,19 @@ def _dispatch(words: list[str], debug: bool) -> int:
             parser = module.build_parser(" ".join(name))
             rest = [*(["--debug"] if debug else []), *words[length:]]
             return module.run(parser.parse_args(rest))
+    if words[1:] in (["-h"], ["--help"]) and _group(words[0]):
+        print(help_text(words[0]))
+        return 0
     raise UsageError(_unknown_command(words))
 
 
+def _group(word: str) -> list[tuple[str, ...]]:
+    """The commands of two words that begin with `word`."""
+    return [name for name in COMMANDS if len(name) == 2 and name[0] == word]
+
+
 def _unknown_command(words: list[str]) -> str:
-    group = [name for name in COMMANDS if len(name) == 2 and name[0] == words[0]]
+    group = _group(words[0])
     if group:
         choices = ", ".join(" ".join(name) for name in group)
         return f"'{' '.join(words[:2])}' is not a command; there is: {choices}"
@@ -122,10 +130,14 @@ def _unknown_command(words: list[str]) -> str:
     return f"'{words[0]}' is not a command; {hint}"
 
 
-def help_text() -> str:
-    """The text of `llava-hd --help`."""
-    width = max(len(" ".join(name)) for name in COMMANDS)
-    lines = [f"  {' '.join(name):<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+def help_text(group: str = "") -> str:
+    """The text of `llava-hd --help`, or of a group of commands (`llava-hd bench --help`)."""
+    names = _group(group) if group else list(COMMANDS)
+    width = max(len(" ".join(name)) for name in names)
+    lines = [f"  {' '.join(name):<{width}}  {COMMANDS[name][1]}" for name in names]
+    if group:
+        usage = f"usage: llava-hd {group} COMMAND [options]   (--help after it tells the options)"
+        return "\n".join([usage, "", "commands:", *lines])
     return "\n".join(
         [
             "usage: llava-hd COMMAND [options]        (llava-hd COMMAND --help tells the options)",

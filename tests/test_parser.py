@@ -70,6 +70,13 @@ def test_the_help_keeps_each_example_on_its_line(parser):
     assert lines[-3:] == ["examples:", "  llava-hd cook rice", "  llava-hd cook soup --dry-run"]
 
 
+def test_a_group_of_commands_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_module.main(["bench", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "bench kernels" in out and "bench tune" in out and "finetune" not in out
+    assert main_module.main(["bench"]) == 2
+
+
 def test_a_failed_rank_leaves_at_once_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
     monkeypatch.setattr(main_module.os, "_exit", left.append)
