@@ -50,8 +50,10 @@ Say = Callable[[str], None]
 CHECK_ROWS = 1000  # not a multiple of any block
 TUNED_ATTENTION = tuple(name for name in ATTENTION if not name.endswith("256"))
 KERNELS = (*ELEMENTWISE, *PRODUCTS, *TUNED_ATTENTION)
-# The kernels that an operation always runs (a product has the library's to fall back on).
+# The kernels that an operation always runs (a product has the library's to fall back on), and those
+# that our second product runs beside itself where it writes into the sequence.
 NEEDS = {
+    "down": ("place", "place_grad"),
     "gelu_mlp": ("gelu_grad",),
     "place_rows": ("place", "place_grad"),
     "attention_dense": TUNED_ATTENTION,
@@ -142,7 +144,10 @@ def tune(
             table = _with(table, name, Entry(None, table.blocks(name)))
             continue
         start: int | None = 0
-        if name in PRODUCTS:
+        if unusable & set(NEEDS.get(name, ())):
+            start = None
+            say(f"{name}: never used, for want of {', '.join(NEEDS[name])}")
+        elif name in PRODUCTS:
             raced = [_race(name, best.blocks, n, table, sizes, device, dtype, timer)
                      for n in sizes.rows]  # fmt: skip
             races += raced

@@ -199,13 +199,20 @@ def _weight_grad(data: dict[str, Tensor], table: Table) -> Task:
 
 
 def _place(data: dict[str, Tensor], table: Table) -> Task:
+    """Placing and, with the same blocks, collecting the rows' gradients (one place for each)."""
     text, rows, end, source = (data[name] for name in ("text", "dy", "row_end", "source"))
-    return Task(
-        lambda blocks: (place_kernels.place(text, rows, end, source, blocks),),
-        lambda: (place_rows_torch(text, rows, end, source),),
-        lambda: (place_rows_torch(text, rows, end, source).double(),),
-        _nothing,
-    )
+    dout, places = text, Places(source, len(rows))
+    first = places.first()
+
+    def ours(blocks: Blocks) -> tuple[Tensor, ...]:
+        drows = torch.empty_like(rows)
+        place_kernels.rows_grad(dout, places.order, places.starts, drows, blocks)
+        return place_kernels.place(text, rows, end, source, blocks), drows
+
+    def rival() -> tuple[Tensor, ...]:
+        return place_rows_torch(text, rows, end, source), dout.index_select(0, first)
+
+    return Task(ours, rival, lambda: tuple(result.double() for result in rival()), _nothing)
 
 
 def _place_grad(data: dict[str, Tensor], table: Table) -> Task:

@@ -22,7 +22,6 @@ from . import attention_kernels, place_kernels, products
 from .backend import Blocks, Table
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024}  # bytes that one program may have
 SPILLS = ("STL", "LDL")
 
@@ -54,10 +53,6 @@ class Code:
     shared: int
     instructions: dict[str, int]
     ttir: str
-
-    @property
-    def tensor_core(self) -> int:
-        return self.instructions["HGMMA"] + self.instructions["HMMA"]
 
     @property
     def spills(self) -> int:

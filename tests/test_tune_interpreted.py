@@ -30,7 +30,7 @@ def test_every_task_is_right_and_finds_a_wrong_result(name: str) -> None:
 def test_every_kernel_but_those_of_the_widest_heads_is_tuned() -> None:
     untuned = {name for name in ATTENTION if name.endswith("256")}
     assert set(KERNELS) == {*PRODUCTS, *ELEMENTWISE, *ATTENTION} - untuned
-    assert set(NEEDS) == set(OPERATIONS)
+    assert set(NEEDS) == {*OPERATIONS, "down"}
     assert all(candidates(name, arch) for name in KERNELS for arch in ("sm_80", "sm_90"))
 
 
@@ -40,16 +40,17 @@ def test_an_operation_is_never_used_without_a_kernel_that_it_needs(
     monkeypatch.setattr(tuning, "load_shipped", lambda arch: small_table())
     monkeypatch.setattr(tuning, "candidates", lambda name, arch: [small_table().blocks(name)])
     monkeypatch.setattr(tuning, "wrong", lambda made, blocks: "")
-    monkeypatch.setattr(tuning, "KERNELS", ("place_grad", "gelu_grad"))
+    monkeypatch.setattr(tuning, "KERNELS", ("place_grad", "gelu_grad", "down"))
     monkeypatch.setattr(
         tuning, "_try",
         lambda name, b, *rest: Trial(name, b, None, "wrong" if name == "place_grad" else ""),
     )  # fmt: skip
-    faster = {"ours": 1.0, "torch": 2.0, "0": 1.0}
+    faster = {"ours": 1.0, "torch": 2.0, "rival": 2.0, "0": 1.0}
     table, _, races = tune(
         "test", SIZES, CPU, torch.float16, lambda calls: {key: faster[key] for key in calls}, print
     )
     assert table.entries["place_rows"].from_rows is None
+    assert table.entries["down"].from_rows is None
     assert table.entries["gelu_mlp"].from_rows == 20
     assert "place_rows" not in {race.name for race in races}
 
