@@ -9,8 +9,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from llava_hd.model.assemble import assemble
 from llava_hd.model.llava_hd import LlavaHD
-from llava_hd.train.config import OptimizerConfig
 from llava_hd.train.optimizer import LearningRates, build_optimizer, freeze, lr_factor, warmup_steps
+from llava_hd.train.settings import OptimizerConfig
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..model.llava_hd import LlavaHD
-from .config import OptimizerConfig
+from .settings import OptimizerConfig
 
 PROJECTOR = "projector."  # the row-end is one of its parameters
 

@@ -19,9 +19,10 @@ from .checkpoint_state import (
     data_digest,
     read_state,
 )
-from .config import BOARD_FOLDER, METRICS_FILE, ModelSource, TrainConfig, part_folder
+from .config import BOARD_FOLDER, METRICS_FILE, TrainConfig, part_folder
 from .recipe import config_values
 from .records import Record, check_images, read_records
+from .settings import ModelSource
 
 CONFIG_FILE = "train_config.yaml"
 
