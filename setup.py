@@ -10,6 +10,9 @@ from setuptools import setup
 
 # PyTorch's CUDA builds bring it, its CPU builds do not; kernels/ imports it where it is used.
 TRITON = 'triton>=3.6; platform_system == "Linux"'
+BITSANDBYTES = "bitsandbytes>=0.49"  # linears in 4 or 8 bits (QLoRA)
+PYARROW = "pyarrow>=19"  # Parquet files of records
+OPENAI = "openai>=3"  # `llava-hd data generate` alone
 FOLDERS = ["hd", "kernels", "model", "train", "bench", "cli"]
 
 setup(
@@ -24,7 +27,7 @@ setup(
     package_dir={f"llava_hd.{folder}": folder for folder in FOLDERS},
     package_data={
         "llava_hd.kernels": ["blocks/*.json"],
-        "llava_hd.train": ["recipes/*.yaml", "mixtures/*.yaml"],
+        "llava_hd.train": ["recipes/*.yaml", "mixtures/*.yaml", "examples/*.yaml"],
         "llava_hd.model": ["shipped/*", "shipped/*/*"],
         "llava_hd.bench": ["templates/*"],
     },
@@ -38,6 +41,7 @@ setup(
         "jsonargparse>=4.53",
         "matplotlib",
         "numpy",
+        "peft>=0.19",
         "pillow>=12",
         "protobuf",
         "pyyaml",
@@ -49,17 +53,23 @@ setup(
     ],
     extras_require={
         "gpu": [TRITON, "liger-kernel", "xformers", "flash-attn"],
+        "data": [OPENAI, PYARROW],
+        "qlora": [BITSANDBYTES],
         "web": ["gradio"],
         "eval": ["lmms-eval"],
         "dev": [
+            BITSANDBYTES,
             "hypothesis",
             "mypy",
+            OPENAI,
+            PYARROW,
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
             TRITON,
             "types-PyYAML",
+            "webdataset",
         ],
     },
     entry_points={"console_scripts": ["llava-hd = llava_hd.cli.main:console"]},

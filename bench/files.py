@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hd.errors import DataError, UsageError
-from ..train.records import image_path, path_fault
+from ..train.record_images import image_path, path_fault
 
 
 def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:

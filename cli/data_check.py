@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,17 +25,18 @@ from ..bench.report import Block, Facts, Note, Picture, Pictures, Section, Table
 from ..hd.errors import DataError, Interrupted, UsageError
 from ..hd.grid import PRESETS, get_preset
 from ..train.config import TrainConfig, part_folder
-from ..train.data_check import Checked, Done, Fault, check_data
+from ..train.data_check import Checked, Fault, check_data
 from ..train.data_check_report import histogram_png, is_clean, report_of
 from ..train.data_check_tokens import CheckSettings
 from ..train.recipe import find_recipe, load_config, read_recipe
+from ..train.workers import Done, num_cores
 from .parser import Parser
 
 SHOWN = 10  # faults that are printed
 ON_PAGE = 500  # faults that the page lists
 KINDS = {
     "file": "files that cannot be read",
-    "record": "records that are not LLaVA's form",
+    "record": "records whose form is not right",
     "image": "images that are missing, damaged or refused",
     "sample": "samples with no room for images or answers within the limit",
 }
@@ -46,17 +46,19 @@ def build_parser(command: str) -> Parser:
     """The options of `llava-hd data check`."""
     parser = Parser(
         command,
-        "Read every record and every image of LLaVA JSON files, in parallel and to the end, and\n"
-        "write report.json, report.html and token_lengths.png. Exit code 0 when all is good, 3\n"
-        "when something is bad; samples over the limit and duplicates are told, but not bad.",
+        "Read every record and every image of data files (JSON, JSON lines, Parquet, tar), in\n"
+        "parallel and to the end, and write report.json, report.html and token_lengths.png. Exit\n"
+        "code 0 when all is good, 3 when something is bad; samples over the limit and duplicates\n"
+        "are told, but not bad.",
         [
             "llava-hd data check mix665k.json --images images --tokenizer vicuna-7b-v1.5",
             "llava-hd data check a.json b.jsonl --images images --recipe vicuna-7b-hd448",
+            "llava-hd data check 'shard-{0000..0099}.tar' train.parquet",
         ],
     )
     add = parser.add_argument
-    add("files", type=str, nargs="+", metavar="FILE", help="LLaVA JSON or JSON lines")
-    add("--images", type=str | None, metavar="DIR", help="root folder of the images")
+    add("files", type=str, nargs="+", metavar="FILE", help="data files; docs/formats.md")
+    add("--images", type=str | None, metavar="DIR", help="root folder of images that records name")
     add("--out", type=str, default="data-check", metavar="DIR", help="folder of the report")
     add("--preset", type=str | None, help=f"geometry: {', '.join(PRESETS)} (default hdflex)")
     add("--recipe", type=str | None, help="training recipe: geometry, template, limit, tokenizer")
@@ -69,14 +71,12 @@ def build_parser(command: str) -> Parser:
 
 def run(args: Namespace) -> int:
     """Check everything, write the report; 3 when something is bad."""
-    if args.images is None:
-        raise UsageError("--images is missing; give the root folder of the images")
     if args.workers is not None and args.workers < 0:
         raise UsageError(f"--workers {args.workers}: give a number from 0")
     out = Path(args.out)
     check_out(out)
     settings = check_settings(args)
-    workers = _cores() if args.workers is None else args.workers
+    workers = num_cores() if args.workers is None else args.workers
     try:
         with _bars() as done:
             checked = check_data(args.files, args.images, settings, workers, done)
@@ -90,10 +90,6 @@ def run(args: Namespace) -> int:
     else:
         _print(report, checked, out)
     return 0 if is_clean(checked) else DataError.exit_code
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def check_settings(args: Namespace) -> CheckSettings:

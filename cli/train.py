@@ -31,6 +31,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "resume": ("resume_from_checkpoint",),
     "optimizer.lr": ("learning_rate",),
     "optimizer.projector_lr": ("mm_projector_lr",),
+    "optimizer.vision_lr": ("mm_vision_tower_lr",),
     "optimizer.weight_decay": ("weight_decay",),
     "optimizer.warmup_ratio": ("warmup_ratio",),
     "optimizer.schedule": ("lr_scheduler_type",),
@@ -42,19 +43,29 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "model.projector_from": ("pretrain_mm_mlp_adapter",),
     "model.projector": ("mm_projector_type",),
     "model.vision_layer": ("mm_vision_select_layer",),
+    "train_vision": ("unfreeze_mm_vision_tower",),
+    "lora.r": ("lora_r",),
+    "lora.alpha": ("lora_alpha",),
+    "lora.dropout": ("lora_dropout",),
+    "lora.bits": ("bits",),
+    "lora.quant_type": ("quant_type",),
+    "lora.double_quant": ("double_quant",),
 }
 # Flags whose values mean another setting: flag -> value -> (setting, its value).
-SWITCHES: dict[str, dict[bool, tuple[str, str]]] = {
+SWITCHES: dict[str, dict[bool, tuple[str, Any]]] = {
     "bf16": {True: ("precision", "bf16"), False: ("precision", "fp32")},
     "group_by_modality_length": {
         True: ("data.batching", "modality"),
         False: ("data.batching", "plain"),
     },
+    # The table that the single settings (lora.r) then go into; null: none.
+    "lora_enable": {True: ("lora", {}), False: ("lora", None)},
 }
 STAGES = {
     "pretrain": "Stage 1: train the projector and the row-end token; tower and language model are "
     "frozen.",
-    "finetune": "Stage 2: train projector, row-end token and language model; the tower is frozen.",
+    "finetune": "Stage 2: train projector, row-end token and language model (or, with lora "
+    "settings, adapters in it); the tower is frozen unless train_vision is set.",
 }
 
 
@@ -71,6 +82,13 @@ def build_parser(command: str) -> Parser:
         "--dry-run", action="store_true", help="check everything, say what would run, write nothing"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe")
+    add_settings(parser)
+    parser.add_argument("--stage", type=str, default=command, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_settings(parser: Parser) -> None:
+    """A flag for every setting of a run; `given_settings` reads them back."""
     groups = {section: parser.add_argument_group(f"{section} settings") for section in SECTIONS}
     groups[""] = parser.add_argument_group("settings of the run")
     for name, field in leaves(TrainConfig):
@@ -85,8 +103,6 @@ def build_parser(command: str) -> Parser:
         parser.add_argument(
             f"--{name}", type=bool, default=argparse.SUPPRESS, help="as in LLaVA's scripts"
         )
-    parser.add_argument("--stage", type=str, default=command, help=argparse.SUPPRESS)
-    return parser
 
 
 def _examples(command: str) -> list[str]:
@@ -101,6 +117,7 @@ def _examples(command: str) -> list[str]:
         "llava-hd finetune --config vicuna-7b-hd448 --num-processes 8 \\",
         "    --model.projector_from runs/7b-stage1 --data.path mix665k.json \\",
         "    --data.images images --output_dir runs/7b-hd448",
+        "llava-hd finetune --config vicuna-7b-hd448-lora --bits 4 --zero.stage 2 # QLoRA",
         "llava-hd finetune --config my.yaml --resume auto     # go on after an interruption",
         "torchrun --nproc_per_node 8 --no-python llava-hd finetune --config my.yaml",
     ]
@@ -133,7 +150,7 @@ def run(args: Namespace) -> int:
     """Check, then train here or in workers."""
     if args.stage not in STAGES:
         raise UsageError(f"--stage {args.stage} is not a stage; there is {', '.join(STAGES)}")
-    config = load_config(args.config, args.stage, _given(args))
+    config = load_config(args.config, args.stage, given_settings(args))
     if args.print_config:
         print(config_yaml(config), end="")
         return 0
@@ -146,24 +163,26 @@ def run(args: Namespace) -> int:
 
 
 def _dry_run(config: TrainConfig, world_size: int) -> int:
-    from ..train.prepare import prepare
+    """Check everything, read the run's heaviest passes, and say what would run; writes nothing."""
+    from ..train.estimate_dry_run import dry_run
+    from ..train.prepare import find_checkpoint, prepare
+    from .estimate import bar, dry_run_lines
 
-    job = prepare(config, world_size)
-    print(
-        f"{config.stage}: {len(job.records):,} records with {job.num_images:,} images; "
-        f"steps {job.state.step:,}..{job.state.num_steps:,} of {job.state.samples_per_step:,} "
-        f"samples ({config.per_device_batch_size} x {world_size} ranks x "
-        f"{config.accumulation(world_size)} passes), ZeRO-{config.zero.stage}, "
-        f"{config.precision}; would write {config.output_dir}"
-    )
+    job = prepare(config, world_size, find_checkpoint(config))
+    if job.state.is_finished:
+        print(f"{job.checkpoint} is finished after {job.state.step} steps; nothing to do")
+        return 0
+    with bar() as done:
+        found = dry_run(job, world_size, done)
+    print("\n".join(dry_run_lines(job, found, world_size)))
     return 0
 
 
 def _train_in_workers(config: TrainConfig, workers: int, debug: bool) -> int:
     """Start one process per rank; faults that can be known before are told once, from here."""
-    from ..train.prepare import prepare
+    from ..train.prepare import find_checkpoint, prepare
 
-    prepare(config, workers)
+    prepare(config, workers, find_checkpoint(config))
     with TemporaryDirectory(prefix="llava-hd-") as folder:
         recipe = Path(folder) / "train_config.yaml"
         recipe.write_text(config_yaml(config), encoding="utf-8")
@@ -173,7 +192,8 @@ def _train_in_workers(config: TrainConfig, workers: int, debug: bool) -> int:
 
 def _train_here(config: TrainConfig) -> int:
     """Train in this process, as one rank of its launcher's world or alone."""
-    from ..train.run import StoppedByPeer, train
+    from ..train.run import train
+    from ..train.together import StoppedByPeer
     from .train_progress import TrainProgress
 
     is_main = os.environ.get("RANK", "0") == "0"
@@ -210,12 +230,17 @@ def _how_to_go_on(config: TrainConfig) -> str:
     )
 
 
-def _given(args: Namespace) -> dict[str, Any]:
+def given_settings(args: Namespace) -> dict[str, Any]:
     """The settings that were given as flags, by dotted name."""
     names = {name for name, _ in leaves(TrainConfig)} - {"stage"}
     given = {name: value for name, value in args.items() if name in names}
+    switched = {}
     for switch, meanings in SWITCHES.items():
         if switch in args:
             name, value = meanings[args[switch]]
-            given[name] = value
-    return given
+            switched[name] = value
+            below = [other for other in given if other.startswith(f"{name}.")]
+            if value is None and below:
+                raise UsageError(f"--{switch} false, but --{below[0]} is given; leave one out")
+    # Tables first, so that their settings go into them; of one setting the switch has the word.
+    return switched | given | switched

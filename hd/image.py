@@ -11,8 +11,11 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -37,7 +40,10 @@ DECODE_ERRORS = (
 
 # EXIF orientation -> how to turn the picture upright (1 is upright already).
 ORIENTATION_TAG = 0x0112
-PNG_END = b"IEND\xaeB`\x82"
+PNG_HEAD, PNG_END = 8, b"IEND\xaeB`\x82"
+# Chunks that may hold EXIF or XMP, and the keywords of the texts that do.
+PNG_TEXTS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+PNG_TURNS, PNG_WORD = (b"Raw profile type exif", b"XML:com.adobe.xmp"), 80
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,6 +53,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -80,21 +87,52 @@ def load_image(source: str | Path | bytes, limits: ImageLimits = ImageLimits()) 
     """
     name = _name(source)
     data = source if isinstance(source, bytes) else _read(Path(source), name, limits)
-    if len(data) > limits.max_bytes:
-        raise _too_many_bytes(name, len(data), limits)
-    if not data:
+    with _opened(io.BytesIO(data), len(data), name, limits) as image:
+        if image.format == "PNG" and data.rfind(PNG_END) < 0:
+            raise OSError("image file is truncated, its end is missing")
+        image.load()
+        return _rgb(_upright(image), name)
+
+
+def read_size(source: str | Path | bytes, limits: ImageLimits = ImageLimits()) -> tuple[int, int]:
+    """(height, width) of the image that `load_image` would give, by its header: no pixels are
+    decoded, but for a TIFF and for a PNG that says only behind its pixels how it is turned.
+
+    Raises ImageError as `load_image` does, but finds no damage behind the header.
+    """
+    name = _name(source)
+    if isinstance(source, bytes):
+        file: IO[bytes] = io.BytesIO(source)
+        num_bytes = len(source)
+    else:
+        with _readable(Path(source), name):
+            num_bytes = _check_file(Path(source), name, limits)
+            file = Path(source).open("rb")  # noqa: SIM115 (closed below)
+    with file, _opened(file, num_bytes, name, limits) as image:
+        if image.format == "TIFF" or (image.format == "PNG" and _turned_late(file)):
+            return image_size(load_image(source, limits))
+        height, width = image_size(image)
+        turned = _orientation(image, load=False) in SIDEWAYS
+        return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def _opened(
+    file: IO[bytes], num_bytes: int, name: str, limits: ImageLimits
+) -> Iterator[Image.Image]:
+    """The image of a file once its header is checked; what goes wrong inside is an ImageError."""
+    if num_bytes > limits.max_bytes:
+        raise _too_many_bytes(name, num_bytes, limits)
+    if not num_bytes:
         raise ImageError(name, "the file is empty", "fetch it again or leave it out")
     with warnings.catch_warnings():
         # Threads may restore each other's filters: at worst the bomb warning stays an error.
         warnings.simplefilter("ignore", UserWarning)  # e.g. damaged EXIF beside a sound picture
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 _check_header(image, name, limits)
-                if image.format == "PNG" and data.rfind(PNG_END) < 0:
-                    raise OSError("image file is truncated, its end is missing")
-                image.load()
-                return _rgb(_upright(image), name)
+                yield image
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise ImageError(
                 name, "more pixels than Pillow's limit (a decompression bomb?)", "make it smaller"
@@ -120,21 +158,33 @@ def _name(source: str | Path | bytes) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _read(path: Path, name: str, limits: ImageLimits) -> bytes:
+@contextmanager
+def _readable(path: Path, name: str) -> Iterator[None]:
     try:
-        if path.is_dir():
-            raise ImageError(name, "is a folder", "name the image files in it")
-        if not path.exists():
-            raise ImageError(name, "no such file", "check the path")
-        if not path.is_file():
-            raise ImageError(name, "is not a regular file", "give an image file")
-        num_bytes = path.stat().st_size
-        if num_bytes > limits.max_bytes:
-            raise _too_many_bytes(name, num_bytes, limits)
-        return path.read_bytes()
+        yield
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
         raise ImageError(name, reason, "check the path and its permissions") from error
+
+
+def _read(path: Path, name: str, limits: ImageLimits) -> bytes:
+    with _readable(path, name):
+        _check_file(path, name, limits)
+        return path.read_bytes()
+
+
+def _check_file(path: Path, name: str, limits: ImageLimits) -> int:
+    """The bytes of a regular file within the limit."""
+    if path.is_dir():
+        raise ImageError(name, "is a folder", "name the image files in it")
+    if not path.exists():
+        raise ImageError(name, "no such file", "check the path")
+    if not path.is_file():
+        raise ImageError(name, "is not a regular file", "give an image file")
+    num_bytes = path.stat().st_size
+    if num_bytes > limits.max_bytes:
+        raise _too_many_bytes(name, num_bytes, limits)
+    return num_bytes
 
 
 def _too_many_bytes(name: str, num_bytes: int, limits: ImageLimits) -> ImageError:
@@ -162,13 +212,35 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says; EXIF that cannot be read says nothing."""
-    try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except DECODE_ERRORS:
-        return image
-    method = UPRIGHT.get(orientation)
+    """The image turned as its EXIF says."""
+    method = UPRIGHT.get(_orientation(image, load=True))
     return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image, load: bool) -> int:
+    """What EXIF, or XMP, says; 1, upright, where there is none or it cannot be read. Without load,
+    what stands behind the pixels of a PNG is not seen."""
+    try:
+        exif = image.getexif() if load else Image.Image.getexif(image)
+        return exif.get(ORIENTATION_TAG, 1)
+    except DECODE_ERRORS:
+        return 1
+
+
+def _turned_late(file: IO[bytes]) -> bool:
+    """Whether a PNG has EXIF or XMP behind its pixels."""
+    behind = False
+    file.seek(PNG_HEAD)
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if behind and kind in PNG_TEXTS:
+            word = file.read(min(length, PNG_WORD))
+            if kind == b"eXIf" or word.startswith(PNG_TURNS):
+                return True
+            length -= len(word)
+        behind |= kind == b"IDAT"
+        file.seek(length + 4, io.SEEK_CUR)  # and its checksum
+    return False
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

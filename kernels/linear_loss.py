@@ -1,8 +1,8 @@
 """Cross entropy from hidden states, on label rows only; the logits are never stored whole.
 
-    loss = Σ_i  -log softmax(hidden[rows[i]] Wᵀ)[targets[i]]
+    loss = Σ_i  -weights[i] · log softmax(hidden[rows[i]] Wᵀ)[targets[i]]
 
-    hidden [T H]   weight [V H]   rows [L] int64   targets [L] int64   ->   scalar fp32 (a sum)
+    hidden [T H]  weight [V H]  rows, targets [L] int64  weights [L], or 1  ->  scalar fp32 (a sum)
 
 Only the L rows that carry a label are multiplied with the head (in stage 1 a caption of 20 tokens
 stands beside 1,000 and more visual rows). The rows go through in chunks; both gradients are made
@@ -21,34 +21,45 @@ from torch import Tensor
 CHUNK_ROWS = 1024
 
 
-def linear_loss_reference(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+def linear_loss_reference(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """The definition by torch's own cross entropy; same signature as `linear_loss`."""
     logits = (hidden[rows] @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction="sum")
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (losses if weights is None else losses * weights).sum()
 
 
-def linear_loss(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross entropies of the label rows.
+def linear_loss(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Weighted sum of the cross entropies of the label rows.
 
     Args:
         hidden: `[T H]` last hidden states.
         weight: `[V H]`, the language model's head.
         rows: int64 `[L]`, the places that carry a label; may be empty.
         targets: int64 `[L]`, the token that each of them must predict.
+        weights: `[L]`, the factor of each row's loss, a constant; 1 by default.
 
     Returns:
         scalar sum, fp32 (fp64 for fp64 inputs); 0 that still reaches `hidden` when L is 0.
     """
-    if rows.shape != targets.shape:
-        raise ValueError(f"linear_loss: {tuple(rows.shape)} rows, {tuple(targets.shape)} targets")
-    return _LinearLoss.apply(hidden.index_select(0, rows), weight, targets)
+    if rows.shape != targets.shape or (weights is not None and weights.shape != rows.shape):
+        given = "" if weights is None else f", {tuple(weights.shape)} weights"
+        raise ValueError(
+            f"linear_loss: {tuple(rows.shape)} rows, {tuple(targets.shape)} targets{given}"
+        )
+    return _LinearLoss.apply(hidden.index_select(0, rows), weight, targets, weights)
 
 
 class _LinearLoss(torch.autograd.Function):
     """Loss and gradients chunk by chunk; backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None
+    ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         loss = hidden.new_zeros((), dtype=wide)
@@ -56,18 +67,23 @@ class _LinearLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
 
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
-            piece, target = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS]
+            chunk = slice(start, start + CHUNK_ROWS)
+            piece, target = hidden[chunk], targets[chunk]
+            factor = None if weights is None else weights[chunk, None].to(wide)
             log_probs = (piece @ weight.T).to(wide).log_softmax(-1)
-            loss -= log_probs.gather(1, target[:, None]).sum()
+            chosen = log_probs.gather(1, target[:, None])
+            loss -= (chosen if factor is None else chosen * factor).sum()
             if not (needs_hidden or needs_weight):
                 continue
             grad_logits = log_probs.exp_()
             grad_logits.scatter_add_(
                 1, target[:, None], -torch.ones_like(target[:, None], dtype=wide)
             )
+            if factor is not None:
+                grad_logits *= factor
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + CHUNK_ROWS] = grad_logits @ weight
+                grad_hidden[chunk] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ piece
 
@@ -76,11 +92,12 @@ class _LinearLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             # In the wide type: a loss scale of 2^16 is not a finite fp16 number.
             None if grad_hidden is None else (grad_hidden.to(grad.dtype) * grad).to(ctx.dtype),
             None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
+            None,
             None,
         )

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..hd.errors import UsageError
 from ..hd.grid import HDConfig, suggest
+from .adapter_config import ADAPTER_TYPE, read_adapter_config
 from .config import MODEL_TYPE, LlavaHDConfig, read_config_json
 
 # What our forward computes; a folder that asks for something else is refused.
@@ -21,9 +22,12 @@ REQUIRED = {
 
 
 def read_config(folder: str | Path) -> LlavaHDConfig:
-    """The configuration of a model folder, whoever wrote it. Raises UsageError."""
+    """The configuration of a model folder, whoever wrote it; of an adapter's, that of base and
+    adapter together. Raises UsageError."""
     values = read_config_json(folder)
     kind = values["model_type"]
+    if kind == ADAPTER_TYPE:
+        return read_adapter_config(folder).model
     if kind == MODEL_TYPE:
         try:
             return LlavaHDConfig.from_dict(values)
@@ -31,7 +35,7 @@ def read_config(folder: str | Path) -> LlavaHDConfig:
             raise UsageError(f"{folder}/config.json: {error}") from error
     readers = {"llava_next": _llava_next_geometry, "llava": _llava_geometry}
     if kind not in readers:
-        hint = suggest(kind, (MODEL_TYPE, *readers))
+        hint = suggest(kind, (MODEL_TYPE, ADAPTER_TYPE, *readers))
         raise UsageError(f"{folder}: model_type {kind!r} cannot be read; {hint}")
     theirs = AutoConfig.from_pretrained(folder)
     for name, ours in REQUIRED.items():

@@ -50,12 +50,17 @@ class LMHead(nn.Linear):
     """
 
     def forward(
-        self, hidden: Tensor, label_rows: Tensor | None = None, targets: Tensor | None = None
+        self,
+        hidden: Tensor,
+        label_rows: Tensor | None = None,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """`[… H]` -> `[… V]`; with label_rows and targets `[L]`, `[T H]` -> scalar loss sum."""
+        """`[… H]` -> `[… V]`; with label_rows, targets and their weights (1 by default) `[L]`,
+        `[T H]` -> scalar loss sum."""
         if label_rows is None or targets is None:
             return super().forward(hidden)
-        return linear_loss(hidden, self.weight, label_rows, targets)
+        return linear_loss(hidden, self.weight, label_rows, targets, weights)
 
 
 class LanguageModel(nn.Module):

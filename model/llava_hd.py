@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedModel
 
+from .adapter_config import AdapterConfig
 from .config import LlavaHDConfig
 from .language import LanguageModel
 from .packing import PackedBatch
@@ -19,10 +20,12 @@ from .vision import VisionTower
 
 @dataclass(frozen=True)
 class Output:
-    """loss_sum: scalar fp32, the summed cross entropy over `num_label_tokens` tokens."""
+    """loss_sum: scalar fp32, the summed cross entropy of `num_label_tokens` tokens, each by its
+    weight. loss_units: what that is the sum of, label tokens or samples' means; divide by it."""
 
     loss_sum: Tensor
     num_label_tokens: int
+    loss_units: int
 
 
 class LlavaHD(nn.Module):
@@ -42,6 +45,7 @@ class LlavaHD(nn.Module):
         self.projector = build_projector(
             config.projector, clip.config.hidden_size, self.language.width, config.hd.row_end
         )
+        self.adapter: AdapterConfig | None = None  # of a model with LoRA (model/adapter.py)
 
     @property
     def row_end(self) -> Tensor | None:
@@ -49,8 +53,9 @@ class LlavaHD(nn.Module):
         return self.projector.row_end
 
     def checkpoint_gradients(self) -> None:
-        """Keep fewer activations for backward and compute them again: the language model's layers
-        and the projector's hidden rows."""
+        """Keep fewer activations for backward and compute them again: the language model's and the
+        tower's layers, and the projector's hidden rows."""
+        self.vision.checkpoint_gradients()
         self.language.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         if isinstance(self.projector, MLPProjector):
             self.projector.recompute = True
@@ -77,8 +82,8 @@ class LlavaHD(nn.Module):
         zero, but every rank runs the same modules (no hang under ZeRO).
         """
         hidden = self.hidden(batch)
-        loss_sum = self.language.head(hidden, batch.label_rows, batch.targets)
-        return Output(loss_sum, batch.num_label_tokens)
+        loss_sum = self.language.head(hidden, batch.label_rows, batch.targets, batch.weights)
+        return Output(loss_sum, batch.num_label_tokens, batch.loss_units)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """`[T V]` for every place; for comparison and scoring, not for training."""
@@ -92,7 +97,8 @@ class LlavaHD(nn.Module):
         device: str | torch.device = "cpu",
         attention: str = "auto",
     ) -> LlavaHD:
-        """The model of a folder: one of ours, or transformers' `llava_next` or `llava`.
+        """The model of a folder: one of ours, an adapter of ours with the base that it names, or
+        transformers' `llava_next` or `llava`.
 
         Raises UsageError where the folder holds no model, DataError where tensors are missing.
         """
@@ -103,8 +109,14 @@ class LlavaHD(nn.Module):
     def save_pretrained(
         self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Write config.json and safetensors; `state_dict` replaces the model's own tensors
-        (a trainer that holds them in partitions gathers them first)."""
+        """Write config.json and safetensors, or an adapter folder. `state_dict` replaces the
+        model's own tensors (a trainer that holds them in partitions gathers `saved_names`)."""
         from .weights import save_model
 
         save_model(self, path, state_dict)
+
+    def saved_names(self) -> list[str]:
+        """Names of the tensors of the state that `save_pretrained` writes."""
+        from .adapter import saved_names
+
+        return list(self.state_dict()) if self.adapter is None else saved_names(self)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from ..hd.plan import TilePlan
 from ..kernels.place_rows import TEXT
 from .config import LlavaHDConfig
 from .prompt import IGNORE
+
+Loss = Literal["token", "sample"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ class PackedBatch:
     place (kernels/place_rows.py). ids, positions: int64 `[T]`; positions restart in each sample.
     cu_seqlens: int32 `[S+1]`; max_seqlen the longest. label_rows, targets: int64 `[L]`, the
     places that predict a learned token, and that token (shifted inside each sample, so no
-    sample predicts the next one's first token).
+    sample predicts the next one's first token). weights: float32 `[L]`, the factors of these
+    places' losses, and loss_units what their sum is divided by: label tokens, all of weight 1, or
+    samples that have a label, 1 / (label tokens of the sample) each. num_padding: tokens of the T
+    that belong to no sample (names has one entry for each sample).
     """
 
     tiles: Tensor
@@ -52,6 +57,9 @@ class PackedBatch:
     cu_seqlens: Tensor
     label_rows: Tensor
     targets: Tensor
+    weights: Tensor
+    loss_units: int
+    num_padding: int
     max_seqlen: int
     num_images: int
     has_dummy: bool
@@ -59,11 +67,18 @@ class PackedBatch:
 
     @property
     def num_samples(self) -> int:
-        return len(self.cu_seqlens) - 1
+        """0 for a dummy pack."""
+        return len(self.names)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that are computed, padding included."""
         return len(self.ids)
+
+    @property
+    def num_useful_tokens(self) -> int:
+        """Tokens of the samples."""
+        return len(self.ids) - self.num_padding
 
     @property
     def num_label_tokens(self) -> int:
@@ -82,20 +97,36 @@ class PackedBatch:
         return replace(self, **{k: change(v) for k, v in tensors.items() if torch.is_tensor(v)})
 
 
-def pack(samples: Sequence[Sample], config: LlavaHDConfig) -> PackedBatch:
+def pack(
+    samples: Sequence[Sample],
+    config: LlavaHDConfig,
+    loss: Loss = "token",
+    padded: bool = False,
+) -> PackedBatch:
     """Lay samples end to end.
+
+    No samples give a dummy pack: one token of text and one zero tile, no label, so that a rank
+    without work runs the same modules; its loss and its gradients are 0. loss: what the batch's
+    weights make of it, the mean over label tokens or over the samples' own means. padded: behind
+    each sample stands padding up to the longest one, as a sequence of its own: what a padded batch
+    computes, for comparison.
 
     Raises ValueError, naming the sample, when its placeholders differ from its plans' tokens.
     """
-    lengths = [len(sample.ids) for sample in samples]
-    if not samples or min(lengths) == 0:
-        raise ValueError("pack needs at least one sample, and none of length zero")
-    ids = np.concatenate([np.asarray(sample.ids, dtype=np.int64) for sample in samples])
-    labels = np.concatenate([_next_labels(sample) for sample in samples])
+    if any(len(sample.ids) == 0 for sample in samples):
+        raise ValueError("pack needs samples that are not of length zero")
+    sequences = _with_padding(samples, config) if padded else list(samples)
+    sequences = sequences or [_filler(1, config)]
+    lengths = [len(sequence.ids) for sequence in sequences]
+    ids = np.concatenate([np.asarray(sequence.ids, dtype=np.int64) for sequence in sequences])
+    per_sample = [_next_labels(sequence) for sequence in sequences]
+    labels = np.concatenate(per_sample)
     tiles = [tile for sample in samples for tile in sample.tiles]
-    rows, source = _tables(samples, ids, config)
+    rows, source = _tables(sequences, ids, config)
     px = config.hd.tile_px
     label_rows = np.flatnonzero(labels != IGNORE)
+    counts = np.array([np.count_nonzero(own != IGNORE) for own in per_sample])
+    by_sample = loss == "sample"
     return PackedBatch(
         tiles=torch.cat(tiles) if tiles else torch.zeros(1, 3, px, px, dtype=torch.uint8),
         rows=torch.from_numpy(rows),
@@ -105,11 +136,38 @@ def pack(samples: Sequence[Sample], config: LlavaHDConfig) -> PackedBatch:
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         label_rows=torch.from_numpy(label_rows),
         targets=torch.from_numpy(labels[label_rows]),
+        weights=torch.from_numpy(_weights(counts, by_sample)),
+        loss_units=int(np.count_nonzero(counts)) if by_sample else len(label_rows),
+        num_padding=sum(lengths) - sum(len(sample.ids) for sample in samples),
         max_seqlen=max(lengths),
         num_images=len(tiles),
         has_dummy=not tiles,
         names=tuple(sample.name for sample in samples),
     )
+
+
+def _filler(length: int, config: LlavaHDConfig) -> Sample:
+    """So many tokens of text that nobody learns from; any id but the image's will do."""
+    token = int(config.image_token_id == 0)
+    return Sample([token] * length, [IGNORE] * length)
+
+
+def _with_padding(samples: Sequence[Sample], config: LlavaHDConfig) -> list[Sample]:
+    """The samples, each followed by what it lacks to the longest."""
+    longest = max((len(sample.ids) for sample in samples), default=0)
+    sequences = []
+    for sample in samples:
+        sequences.append(sample)
+        if len(sample.ids) < longest:
+            sequences.append(_filler(longest - len(sample.ids), config))
+    return sequences
+
+
+def _weights(counts: np.ndarray, by_sample: bool) -> np.ndarray:
+    """float32 `[L]` from the label tokens of each sequence."""
+    if not by_sample:
+        return np.ones(counts.sum(), dtype=np.float32)
+    return np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
 
 
 def _next_labels(sample: Sample) -> np.ndarray:

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
+from ..hd.errors import UsageError
 from ..hd.tiler import normalise
 
 
 class VisionTower(nn.Module):
     """transformers' CLIPVisionModel, read at `layer` of its hidden states (LLaVA-1.5: -2).
 
-    Frozen in both stages, as in the paper: always in eval mode, without gradients.
+    Frozen unless `unfreeze` is called, as in the paper: always in eval mode, without gradients.
     """
 
     def __init__(self, clip: CLIPVisionModel, layer: int) -> None:
@@ -20,17 +21,52 @@ class VisionTower(nn.Module):
         self.clip = clip.eval().requires_grad_(False)
         depth = len(clip.encoder.layers)
         self.num_layers = layer if layer >= 0 else depth + 1 + layer
+        self.num_frozen: int | None = None  # None: all of it, and the embeddings
+
+    def freeze(self) -> None:
+        """Train nothing of the tower."""
+        self.num_frozen = None
+        self.requires_grad_(False).eval()
+
+    def unfreeze(self, last_layers: int | None = None) -> None:
+        """Train the last layers of those that are read; None is all of them and the embeddings.
+
+        Layers behind the one that is read stay frozen: they never get a gradient, for which a
+        sharded optimizer would wait. Raises UsageError for more layers than are read.
+        """
+        if last_layers is not None and last_layers > self.num_layers:
+            raise UsageError(
+                f"vision_layers {last_layers} is more than the {self.num_layers} layers of the "
+                "tower that are read; give fewer, or leave it out to train all of it"
+            )
+        self.freeze()
+        self.num_frozen = 0 if last_layers is None else self.num_layers - last_layers
+        for layer in self.clip.encoder.layers[self.num_frozen : self.num_layers]:
+            layer.requires_grad_(True)
+        if last_layers is None:
+            self.clip.embeddings.requires_grad_(True)
+            self.clip.pre_layrnorm.requires_grad_(True)
 
     def train(self, mode: bool = True) -> VisionTower:
-        """Stays in eval mode: the tower is frozen."""
-        return super().train(False)
+        """Stays in eval mode while it is frozen."""
+        return super().train(mode and self.num_frozen is not None)
 
-    @torch.no_grad()
+    def checkpoint_gradients(self) -> None:
+        """Keep fewer activations for backward, where there is one."""
+        self.clip.gradient_checkpointing_enable({"use_reentrant": False})
+
     def forward(self, tiles: Tensor) -> Tensor:
         """uint8 `[N 3 px px]` -> `[N P+1 D]`, the CLS first; every tile is encoded alone, all in
         one call. Dropping the CLS here would copy every feature."""
-        pixels = normalise(tiles, self.clip.embeddings.patch_embedding.weight.dtype)
-        hidden = self.clip.pre_layrnorm(self.clip.embeddings(pixels))
-        for layer in self.clip.encoder.layers[: self.num_layers]:
+        layers = self.clip.encoder.layers[: self.num_layers]
+        frozen = len(layers) if self.num_frozen is None else self.num_frozen
+        learns = torch.is_grad_enabled()
+        learns_embeddings = learns and self.clip.embeddings.class_embedding.requires_grad
+        with torch.set_grad_enabled(learns_embeddings):
+            pixels = normalise(tiles, self.clip.embeddings.patch_embedding.weight.dtype)
+            hidden = self.clip.pre_layrnorm(self.clip.embeddings(pixels))
+            for layer in layers[:frozen]:
+                hidden = layer(hidden, attention_mask=None)
+        for layer in layers[frozen:]:
             hidden = layer(hidden, attention_mask=None)
         return hidden

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..hd.errors import DataError
+from .adapter_config import is_adapter
 from .attention import implementation
 from .config import MODEL_TYPE, read_config_json
 from .foreign import read_config
@@ -45,6 +46,10 @@ FOREIGN = {
 
 def load_model(path: str | Path, dtype: torch.dtype, attention: str) -> LlavaHD:
     """The model of a folder, by the `model_type` in its config.json."""
+    if is_adapter(path):
+        from .adapter import load_adapter  # reads its base model from here; peft takes seconds
+
+        return load_adapter(path, dtype, attention)
     read = _load_native if read_config_json(path)["model_type"] == MODEL_TYPE else _load_foreign
     with quiet_transformers():
         return read(Path(path), dtype, implementation(attention))
@@ -54,6 +59,11 @@ def save_model(
     model: LlavaHD, path: str | Path, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write a folder that `load_model` reads."""
+    if model.adapter is not None:
+        from .adapter import save_adapter
+
+        save_adapter(model, path, state_dict)
+        return
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict() if state_dict is None else state_dict)

@@ -68,8 +68,10 @@ def test_a_length_limit_cuts_text_but_no_visual_token(data, processor):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_passes_come_in_order_from_any_first_step(data, processor, num_workers):
     passes = Passes(reader(data, processor), processor)
-    packs = list(read_passes(passes, sampler(3), num_workers, pin_memory=False))
-    later = list(read_passes(passes, sampler(3, first_step=1), num_workers, pin_memory=False))
+    found = list(read_passes(passes, sampler(3), num_workers, pin_memory=False))
+    packs = [one.batch for one in found]
+    rest = read_passes(passes, sampler(3, first_step=1), num_workers, pin_memory=False)
+    later = [one.batch for one in rest]
     assert [pack.names for pack in packs[2:]] == [pack.names for pack in later]
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(packs[2:], later, strict=True))
     assert sorted(name for pack in packs for name in pack.names) == sorted(

@@ -18,14 +18,20 @@ def inputs(
     return hidden, weight, rows, targets
 
 
+def weights_of(labels: int) -> torch.Tensor:
+    return torch.rand(labels, generator=torch.Generator().manual_seed(5)) + 0.1
+
+
 @pytest.mark.parametrize("labels", [1, 5, 40])
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
+@pytest.mark.parametrize("weighted", [False, True])
 def test_loss_and_gradients_are_torchs_for_every_chunk_size(
-    labels: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+    labels: int, chunk: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_ROWS", chunk)
     args = inputs(50, labels)
-    ours, theirs = linear_loss(*args), linear_loss_reference(*args)
+    weights = weights_of(labels) if weighted else None
+    ours, theirs = linear_loss(*args, weights), linear_loss_reference(*args, weights)
     torch.testing.assert_close(ours, theirs)
     our_gradients = torch.autograd.grad(3 * ours, args[:2])
     their_gradients = torch.autograd.grad(3 * theirs, args[:2])
@@ -35,12 +41,30 @@ def test_loss_and_gradients_are_torchs_for_every_chunk_size(
 
 def test_gradients_pass_gradcheck_in_fp64() -> None:
     hidden, weight, rows, targets = inputs(6, 4)
-    assert torch.autograd.gradcheck(lambda h, w: linear_loss(h, w, rows, targets), (hidden, weight))
+    for weights in (None, weights_of(4)):
+        assert torch.autograd.gradcheck(
+            lambda h, w, f=weights: linear_loss(h, w, rows, targets, f), (hidden, weight)
+        )
+
+
+def test_a_weight_counts_a_row_so_many_times() -> None:
+    hidden, weight, rows, targets = inputs(50, 4)
+    weights = torch.tensor([1.0, 3.0, 0.0, 2.0])
+    repeated = torch.tensor([0, 1, 1, 1, 3, 3])
+    torch.testing.assert_close(
+        linear_loss(hidden, weight, rows, targets, weights),
+        linear_loss(hidden, weight, rows[repeated], targets[repeated]),
+    )
+
+
+def test_weights_of_another_number_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(4,\) rows, \(4,\) targets, \(3,\) weights"):
+        linear_loss(*inputs(6, 4), weights_of(3))
 
 
 def test_no_label_gives_zero_loss_and_zero_gradients() -> None:
     hidden, weight, rows, targets = inputs(6, 0)
-    loss = linear_loss(hidden, weight, rows, targets)
+    loss = linear_loss(hidden, weight, rows, targets, torch.ones(0))
     loss.backward()
     assert loss.item() == 0 and hidden.grad.eq(0).all() and weight.grad.eq(0).all()
 

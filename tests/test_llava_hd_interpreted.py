@@ -111,6 +111,18 @@ def test_a_training_step_equals_that_of_torch(
         torch.testing.assert_close(mine, torchs_grads[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_a_dummy_pack_has_gradients_of_exactly_zero_through_every_kernel(next_pair) -> None:  # type: ignore[no-untyped-def]
+    ours, _ = next_pair
+    ours.zero_grad(set_to_none=True)
+    output = ours(pack([], ours.config))
+    output.loss_sum.backward()
+    assert output.loss_sum.item() == 0
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.eq(0).all(), name
+    ours.zero_grad(set_to_none=True)
+
+
 def _noted(function, name: str, ran: list[str]):  # type: ignore[no-untyped-def]
     def call(*args, **options):  # type: ignore[no-untyped-def]
         ran.append(name)

@@ -1,5 +1,7 @@
 """Laws of the pack: what goes in comes out, and nothing leaks over a seam."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,54 @@ def test_a_text_only_pack_has_one_dummy_tile_that_is_placed_nowhere() -> None:
     assert batch.has_dummy and batch.num_images == 0
     assert batch.tiles.shape == (1, 3, 56, 56) and batch.tiles.eq(0).all()
     assert batch.rows.tolist() == [0] and batch.source.eq(TEXT).all()
+
+
+def test_no_samples_give_a_dummy_pack_without_labels() -> None:
+    batch = pack([], CONFIG)
+    assert batch.num_samples == batch.num_label_tokens == batch.loss_units == 0
+    assert batch.num_tokens == batch.num_padding == 1 and batch.num_useful_tokens == 0
+    assert batch.has_dummy and batch.source.eq(TEXT).all() and batch.names == ()
+    assert batch.cu_seqlens.tolist() == [0, 1] and batch.weights.dtype == torch.float32
+
+
+@given(st.lists(st.tuples(st.lists(SIZE, max_size=2), st.integers(1, 5)), min_size=1, max_size=4))
+def test_padding_fills_every_sample_up_to_the_longest_and_changes_no_sample(recipes: list) -> None:
+    samples = [make(sizes, words, i) for i, (sizes, words) in enumerate(recipes)]
+    plain, padded = pack(samples, CONFIG), pack(samples, CONFIG, padded=True)
+    longest = max(len(sample.ids) for sample in samples)
+    assert padded.num_tokens == longest * len(samples) == plain.num_tokens + padded.num_padding
+    assert padded.num_useful_tokens == plain.num_tokens and padded.num_samples == len(samples)
+    assert padded.names == plain.names and torch.equal(padded.rows, plain.rows)
+    assert torch.equal(padded.targets, plain.targets)
+    seams = set(padded.cu_seqlens.tolist())
+    for number, sample in enumerate(samples):
+        start, end = longest * number, longest * number + len(sample.ids)
+        assert {start, end} <= seams  # the padding is a sequence of its own
+        assert padded.ids[start:end].tolist() == list(sample.ids)
+        assert padded.positions[start:end].tolist() == list(range(len(sample.ids)))
+        filler = slice(end, longest * (number + 1))
+        assert padded.source[filler].eq(TEXT).all()
+        assert not padded.ids[filler].eq(IMAGE_ID).any()
+        ours = plain.source[plain.cu_seqlens[number] : plain.cu_seqlens[number + 1]]
+        assert torch.equal(padded.source[start:end], ours)
+
+
+def test_padding_is_no_image_where_the_image_token_is_the_first_id() -> None:
+    config = dataclasses.replace(CONFIG, image_token_id=0)
+    samples = [Sample([5, 6, 7], [5, 6, 7]), Sample([5], [5])]
+    assert pack(samples, config, padded=True).ids.tolist() == [5, 6, 7, 5, 1, 1]
+    assert pack([], config).ids.tolist() == [1]
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+def test_weights_make_the_mean_over_tokens_or_over_samples(lengths: list[int]) -> None:
+    samples = [Sample(range(9, 9 + n), range(9, 9 + n), name=str(n)) for n in lengths]
+    by_token, by_sample = pack(samples, CONFIG), pack(samples, CONFIG, "sample")
+    counts = [n - 1 for n in lengths if n > 1]  # of one token alone nothing is learned
+    assert by_token.loss_units == sum(counts) and by_token.weights.eq(1).all()
+    assert by_sample.loss_units == len(counts)
+    wanted = [1 / n for n in counts for _ in range(n)]
+    assert by_sample.weights.tolist() == pytest.approx(wanted)
 
 
 def test_placeholders_that_differ_from_the_plan_are_named() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llava_hd.hd.errors import DataError, UsageError
-from llava_hd.train.records import check_images, image_path, path_fault, read_records
+from llava_hd.train.record_images import image_path, path_fault
+from llava_hd.train.records import check_images, read_records
 
 GOOD = {
     "id": "a1",

@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from train_data import tiny_config, write_data
@@ -142,7 +143,7 @@ def test_the_data_puts_a_text_only_pack_on_one_rank_beside_images_on_the_other(r
     records, data = order(runs.zero2)
     kinds = [
         tuple(
-            any(records[i].images for i in data.passes_of_rank(step, rank, 2).reshape(-1))
+            any(records[i].images for i in np.concatenate(data.passes_of_rank(step, rank, 2)))
             for rank in (0, 1)
         )
         for step in range(5)
@@ -184,7 +185,7 @@ def test_deepspeed_equals_a_plain_torch_loop_over_the_same_batches(runs):
     read = RecordReader(records, Path(config.data.images), processor, None, config.max_length)
     found, found_norms = [], []
     for step in range(5):
-        batch = pack([read(int(i)) for i in data.step(step).reshape(-1)], model.config)
+        batch = pack([read(int(i)) for i in data.samples(step)], model.config)
         loss = model(batch).loss_sum / batch.num_label_tokens
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping)
@@ -297,26 +298,12 @@ def test_resume_auto_takes_the_newest_whole_checkpoint(runs, tmp_path):
     assert train(replace(cut_off, resume="auto")).seconds < 5  # finished: nothing is done again
 
 
-def test_a_checkpoint_of_other_settings_ranks_or_data_is_refused(runs, tmp_path):
-    cases = {
-        "optimizer.lr": replace(runs.zero3, optimizer=replace(runs.zero3.optimizer, lr=1.0)),
-        "2 processes": runs.zero3,
-    }
-    for word, config in cases.items():
-        resumed = replace(config, output_dir=str(tmp_path / "r"), resume=runs.resumed.resume)
-        with pytest.raises(UsageError, match=word):
-            train(resumed)
+def test_a_checkpoint_of_other_settings_is_refused(runs, tmp_path):
+    other = replace(runs.zero3, optimizer=replace(runs.zero3.optimizer, lr=1.0))
+    resumed = replace(other, output_dir=str(tmp_path / "r"), resume=runs.resumed.resume)
+    with pytest.raises(UsageError, match=r"optimizer\.lr"):
+        train(resumed)
     assert not (tmp_path / "r").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(runs, tmp_path):
-    wild = replace(
-        runs.stage1,
-        optimizer=replace(runs.stage1.optimizer, lr=1e30, warmup_ratio=0.0),
-        gradient_clipping=0.0,
-    )
-    with pytest.raises(LlavaHDError, match=r"step \d: the (loss|gradient) is (nan|inf)"):
-        in_one_process(wild, tmp_path)
 
 
 def test_a_bad_image_stops_all_ranks_with_one_line(parts, tmp_path):
@@ -324,9 +311,10 @@ def test_a_bad_image_stops_all_ranks_with_one_line(parts, tmp_path):
     config = tiny_config(data, parts, out, stage="pretrain", save_steps=1)
     records, order_of_data = order(config)
     # One of the second step, so that the first is done and saved.
-    bad = next(int(i) for i in order_of_data.step(1).reshape(-1) if records[int(i)].images)
+    bad = next(int(i) for i in order_of_data.samples(1) if records[int(i)].images)
     name = records[bad].images[0]
-    (data / "images" / name).write_bytes(b"no image")
+    path = data / "images" / name
+    path.write_bytes(path.read_bytes()[:-40])  # its header can be read, and its size counted
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(config_yaml(config), encoding="utf-8")
     command = [sys.executable, "-m", "llava_hd.cli.main", "pretrain", "--config", str(recipe)]

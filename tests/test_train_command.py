@@ -23,6 +23,7 @@ from llava_hd.cli.train_progress import TrainProgress
 from llava_hd.hd.errors import UsageError
 from llava_hd.train.checkpoint_state import write_state
 from llava_hd.train.config import TrainConfig, leaves
+from llava_hd.train.manifest import Manifest, quick_fault, write_manifest
 from llava_hd.train.launch import check_num_processes, exit_code, run_workers, worker_environment
 from llava_hd.train.metrics import StepMetrics, read_metrics, running_mean
 from llava_hd.train.prepare import is_fresh, prepare
@@ -150,7 +151,7 @@ def test_only_what_a_run_without_a_step_left_counts_as_fresh(tmp_path, foreign):
 
 def test_a_finished_run_cannot_be_gone_on_from_in_another_folder(recipe, tmp_path, capsys):
     config = load_config(recipe, "pretrain")
-    state = prepare(config, 1).state
+    state = prepare(config, 1, None).state
     (tmp_path / "done").mkdir()
     write_state(tmp_path / "done", replace(state, step=state.num_steps))
     words = ["pretrain", "--config", str(recipe), "--resume", str(tmp_path / "done")]
@@ -193,7 +194,9 @@ def test_ctrl_c_says_how_to_go_on(recipe, tmp_path, monkeypatch, capsys, left, a
             path = tmp_path / "out" / name
             if name.startswith("checkpoint"):
                 path.mkdir(parents=True)
-                path = path / "trainer_state.json"
+                step = int(name.rpartition("-")[2])
+                write_manifest(path, Manifest(step, 1, {}))
+                continue
             path.parent.mkdir(exist_ok=True)
             path.write_text("{}\n", encoding="utf-8")
         raise KeyboardInterrupt
@@ -283,7 +286,10 @@ def test_ctrl_c_stops_all_workers_and_says_that_the_run_can_go_on(recipe, tmp_pa
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 75, errors
     assert errors.count("interrupted") == 1 and "Traceback" not in errors
-    assert "out holds no checkpoint (save_steps is 0)" in errors
+    assert "llava-hd: SIGINT: this step is finished and saved" in errors
+    (saved,) = (tmp_path / "out").glob("checkpoint-*")
+    assert f"saved {saved}, go on with --resume auto" in errors
+    assert quick_fault(saved) is None
     assert len(read_metrics(tmp_path / "out")) >= 1
 
 

@@ -53,6 +53,8 @@ def test_the_shipped_recipes_are_all_there():
     ]
     models += ["nano-base", "nano-hd"]
     wanted = {f"{model}-{stage}" for model in models for stage in HYPERPARAMETERS}
+    adapted = [f"vicuna-{size}-{p}" for size in ("7b", "13b") for p in ("base336", "hd448")]
+    wanted |= {f"{model}-lora-finetune" for model in adapted}
     assert set(recipe_names()) == wanted
 
 
@@ -61,6 +63,10 @@ def test_vicuna_recipes_have_the_papers_hyperparameters(name):
     stage = name.rpartition("-")[2]
     config = load_config(name, stage)
     lr, batch, zero = HYPERPARAMETERS[stage]
+    if "-lora-" in name:  # LLaVA's finetune_lora.sh
+        lr = 2e-4
+        assert config.lora is not None and config.optimizer.projector_lr == 2e-5
+        assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (128, 256, 0.05)
     assert config.stage == stage
     assert (config.optimizer.lr, config.global_batch_size, config.zero.stage) == (lr, batch, zero)
     assert config.samples_per_step(world_size=8) == batch and config.accumulation(8) == 1
@@ -185,6 +191,16 @@ def test_the_resolved_configuration_rebuilds_the_run(name):
         ({"model": {**GOOD["model"], "hd": {"tile": 3}}}, "hd.tile is not a setting; did you mean"),
         ({"model": {**GOOD["model"], "projector_from": None}}, "model.projector_from is missing"),
         ({"zero": {"offload_param": "cpu"}}, "zero.offload_param cpu needs zero.stage 3"),
+        ({"vision_layers": 2}, "vision_layers needs train_vision; set it"),
+        ({"optimizer": {"vision_lr": 1e-6}}, "optimizer.vision_lr needs train_vision; set it"),
+        ({"train_vision": True, "vision_layers": 0}, "vision_layers must be 1 or more, not 0"),
+        ({"lora": {"rank": 8}}, "lora.rank is not a setting; "),
+        ({"lora": {"r": 0}}, "lora.r must be 1 or more, not 0"),
+        ({"lora": {"dropout": 1}}, "lora.dropout must lie in [0, 1), not 1"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules is empty"),
+        ({"lora": {"bits": 5}}, "lora.bits 5 is unknown; there is 16, 8, 4"),
+        ({"lora": {"bits": 4}, "zero": {"stage": 3}}, "lora.bits 4 needs zero.stage 2"),
+        ({"stage": "pretrain", "lora": {}}, "lora has no place in pretrain"),
     ],
 )
 def test_a_wrong_setting_is_named_with_file_and_remedy(settings, message):

@@ -1,10 +1,10 @@
-"""Where a run stands, as a file: `trainer_state.json`, the mark of a completed checkpoint."""
+"""Where a run stands, as a file: `trainer_state.json`, in a checkpoint or a finished run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,9 @@ BLOCK_BYTES = 1 << 20
 @dataclass(frozen=True)
 class TrainerState:
     """Where a run stands. `step` steps are done; with the configuration it says all about data
-    order and learning rate. data_digest: `data_digest` of the data files."""
+    order and learning rate, whatever the number of ranks. data_digest: of the data files.
+    samples_per_step: as the run began. world_size: the ranks that wrote this. skipped_in_a_row:
+    steps just before this one whose loss or gradient was not finite."""
 
     step: int
     num_steps: int
@@ -29,6 +31,7 @@ class TrainerState:
     samples_per_step: int
     world_size: int
     config: dict[str, Any]
+    skipped_in_a_row: int = 0
 
     @property
     def is_finished(self) -> bool:
@@ -36,10 +39,12 @@ class TrainerState:
 
 
 def write_state(folder: Path, state: TrainerState) -> None:
-    """Write trainer_state.json into `folder`."""
-    text = json.dumps({"format": 1, **asdict(state)}, indent=2) + "\n"
+    """Write trainer_state.json into `folder`, whole or not at all."""
     unfinished = folder / f".{STATE_FILE}.unfinished"
-    unfinished.write_text(text, encoding="utf-8")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"format": 1, **asdict(state)}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(folder / STATE_FILE)
 
 
@@ -59,16 +64,6 @@ def read_state(folder: Path) -> TrainerState:
         raise DataError(f"{path} is damaged ({error}); remove {folder}") from error
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The completed checkpoints of a run, oldest first."""
-    found = []
-    for path in output_dir.glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if number and (path / STATE_FILE).is_file():
-            found.append((int(number[1]), path))
-    return [path for _, path in sorted(found)]
-
-
 def data_digest(paths: Sequence[str | Path]) -> str:
     """SHA-256 over that of each data file, in order: two files are not one of the same bytes."""
     whole = hashlib.sha256()
@@ -82,10 +77,8 @@ def data_digest(paths: Sequence[str | Path]) -> str:
 
 
 def check_resumable(folder: Path, fresh: TrainerState) -> TrainerState:
-    """The state of a checkpoint that the run beginning at `fresh` may go on from.
-
-    UsageError names what differs.
-    """
+    """The state of a checkpoint that the run beginning at `fresh` may go on from, with any number
+    of ranks. UsageError names what differs."""
     state = read_state(folder)
     changed = changed_settings(state.config, fresh.config)
     if changed:
@@ -93,11 +86,6 @@ def check_resumable(folder: Path, fresh: TrainerState) -> TrainerState:
         raise UsageError(
             f"{folder} was written with another {changed[0]}{more}; "
             "resume with the train_config.yaml of its run, or take a new output_dir"
-        )
-    if state.world_size != fresh.world_size:
-        raise UsageError(
-            f"{folder} was written by {state.world_size} processes, this run has "
-            f"{fresh.world_size}; start it with --num-processes {state.world_size}"
         )
     if state.num_samples != fresh.num_samples:
         raise UsageError(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ..hd.errors import UsageError
 from .settings import (
     DataConfig,
+    LoraConfig,
     ModelSource,
     OptimizerConfig,
     ZeroConfig,
@@ -24,13 +25,15 @@ from .settings import (
 
 SHIPPED = "shipped:"
 METRICS_FILE, BOARD_FOLDER = "metrics.jsonl", "runs"  # in output_dir
+BAD_SAMPLES_FILE, NONFINITE_FILE = "bad_samples.jsonl", "nonfinite.jsonl"
 SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "model" / "shipped"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One run of one stage. Stage 1 (pretrain) trains projector and row-end; stage 2 (finetune)
-    these and the language model. The tower is frozen in both."""
+    these and the language model, or adapters in it (`lora`). The tower is frozen in both, unless
+    `train_vision` is set."""
 
     stage: Literal["pretrain", "finetune"]
     output_dir: str = field(metadata={"help": "new folder for model, checkpoints and metrics"})
@@ -38,6 +41,11 @@ class TrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    lora: LoraConfig | None = None
+    train_vision: bool = setting(False, "train the tower too; frozen by default, as in the paper")
+    vision_layers: int | None = setting(
+        None, "only its last layers that are read; all of it by default"
+    )
     per_device_batch_size: int = setting(16, "samples of a rank in one pass (packed into one)")
     gradient_accumulation_steps: int | None = setting(None, "passes per step; 1 by default")
     global_batch_size: int | None = setting(
@@ -74,12 +82,32 @@ class TrainConfig:
             at_least("save_total_limit", self.save_total_limit, 1)
         positive("epochs", self.epochs)
         positive("timeout_minutes", self.timeout_minutes)
+        if self.vision_layers is not None:
+            at_least("vision_layers", self.vision_layers, 1)
+        self._check_what_trains()
         if not self.output_dir:
             raise UsageError("output_dir is missing; give a new folder")
         if self.stage == "finetune" and self.model.vision and not self.model.projector_from:
             raise UsageError(
                 "model.projector_from is missing; finetune from parts goes on with the projector "
                 "of a stage 1, give its output folder"
+            )
+
+    def _check_what_trains(self) -> None:
+        for name, value in (
+            ("vision_layers", self.vision_layers),
+            ("optimizer.vision_lr", self.optimizer.vision_lr),
+        ):
+            if value is not None and not self.train_vision:
+                raise UsageError(f"{name} needs train_vision; set it, or leave {name} out")
+        if self.lora is None:
+            return
+        if self.stage == "pretrain":
+            raise UsageError("lora has no place in pretrain, which trains the projector only")
+        if self.lora.bits < 16 and self.zero.stage == 3:
+            raise UsageError(
+                f"lora.bits {self.lora.bits} needs zero.stage 2; stage 3 would partition the "
+                "weights that bitsandbytes holds"
             )
 
     @property
@@ -151,4 +179,5 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "zero": ZeroConfig,
+    "lora": LoraConfig,
 }

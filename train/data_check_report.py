@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..hd.plan import plan_image
 from ..model.prompt import IMAGE_TAG
 from .data_check import Checked
 from .data_check_tokens import CHARACTERS_PER_TOKEN, CheckSettings
-from .records import Record
+from .record import Record
 
 BINS = 60
 EXAMPLES = 20  # of each kind of duplicates
@@ -49,8 +49,10 @@ def report_of(checked: Checked, settings: CheckSettings) -> dict[str, Any]:
         "image_height_px": _spread(_array(height for height, _ in checked.sizes.values())),
         "image_width_px": _spread(_array(width for _, width in checked.sizes.values())),
         "duplicates": {
-            "same_id": _duplicates(checked.records, lambda record: record.id),
-            "same_image_and_first_question": _duplicates(checked.records, _first_question),
+            "same_id": _duplicates(checked.records, [record.id for record in checked.records]),
+            "same_image_and_first_question": _duplicates(
+                checked.records, _first_questions(checked)
+            ),
         },
         "settings": {**asdict(settings), "hd": settings.hd.to_dict()},
         "faults": [asdict(fault) for fault in checked.faults],
@@ -76,17 +78,20 @@ def tile_counts(checked: Checked, settings: CheckSettings) -> dict[str, int]:
     return dict(sorted(named.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def _first_question(record: Record) -> Hashable | None:
-    if not record.images:
-        return None
-    return record.images, record.turns[0].text.replace(IMAGE_TAG, "").strip()
+def _first_questions(checked: Checked) -> list[Hashable | None]:
+    """Images and first question of each record; None without an image."""
+    found: list[Hashable | None] = []
+    for record, places in zip(checked.records, checked.images, strict=True):
+        keys = tuple(place.key for place in places)
+        question = record.turns[0].text.replace(IMAGE_TAG, "").strip()
+        found.append((keys, question) if keys else None)
+    return found
 
 
-def _duplicates(records: list[Record], key: Any) -> dict[str, Any]:
-    """How many records are a second or later one, and the first groups."""
+def _duplicates(records: list[Record], values: Sequence[Hashable | None]) -> dict[str, Any]:
+    """How many records are a second or later one of their value, and the first groups."""
     groups: dict[Hashable, list[Record]] = defaultdict(list)
-    for record in records:
-        value = key(record)
+    for record, value in zip(records, values, strict=True):
         if value is not None:
             groups[value].append(record)
     repeated = [group for group in groups.values() if len(group) > 1]

@@ -77,16 +77,29 @@ def measure(
         return Measure(tokens, visual, reason)
     tokenizer = load_tokenizer(settings.tokenizer)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TAG)
+    return measure_conversation(
+        tokenizer, turns, counts, settings.template, image_id, settings.max_length
+    )
+
+
+def measure_conversation(
+    tokenizer: Any,
+    turns: Sequence[Turn],
+    image_tokens: Sequence[int],
+    template: str,
+    image_token_id: int,
+    max_length: int,
+) -> Measure:
+    """The lengths of a conversation as `encode_conversation` writes it; same arguments."""
+    visual = sum(image_tokens)
+    prompt = (tokenizer, turns, image_tokens, template, image_token_id)
     try:
-        encoded = encode_conversation(tokenizer, turns, counts, settings.template, image_id)
+        tokens = len(encode_conversation(*prompt).ids)
     except SampleError as error:
         return Measure(0, visual, str(error))
-    tokens = len(encoded.ids)
-    if tokens > settings.max_length:
+    if tokens > max_length:
         try:
-            encode_conversation(
-                tokenizer, turns, counts, settings.template, image_id, settings.max_length
-            )
+            encode_conversation(*prompt, max_length)
         except SampleError as error:
             return Measure(tokens, visual, str(error))
     return Measure(tokens, visual)

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..hd.errors import DataError
-from ..hd.image import load_image
-from ..model.packing import PackedBatch, Sample, pack
+from ..model.packing import Loss, PackedBatch, Sample, pack
 from ..model.processor import Processor
+from ..model.prompt import IMAGE_TAG
+from .bad_samples import BadSample
 from .batches import PassSampler
-from .records import Record, image_path
+from .record import Record
+from .sources import RecordSet
+from .sources_base import FileImage, ImagePlace, open_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
 class RecordReader:
-    """Record -> Sample: the same loader and processor as in evaluation and chat."""
+    """Record -> Sample: the same loader and processor as in evaluation and chat.
 
-    records: Sequence[Record]
-    images: Path
+    records: of data files; or a plain list, whose images are files below `images`.
+    """
+
+    records: RecordSet | Sequence[Record]
+    images: Path | None
     processor: Processor
     template: str | None
     max_length: int
@@ -31,16 +42,40 @@ class RecordReader:
         """The sample of a record. DataError names file, record, image or field, and remedy."""
         record = self.records[index]
         try:
-            pictures = [load_image(image_path(self.images, name)) for name in record.images]
-            return self.processor.conversation(
-                record.turns,
-                pictures,
-                max_length=self.max_length,
-                template=self.template,
-                name=record.where,
-            )
+            pictures = [open_image(self._place(record, k)) for k in range(len(record.images))]
+            return self._sample(record, pictures)
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from error
+
+    def _place(self, record: Record, number: int) -> ImagePlace:
+        if isinstance(self.records, RecordSet):
+            return self.records.locate(record, number)
+        return FileImage(self.images, record.images[number])
+
+    def text_only(self, index: int) -> Sample:
+        """The sample of a record without its images and their tags; DataError as above."""
+        record = self.records[index]
+        turns = [replace(t, text=t.text.replace(IMAGE_TAG, "").strip()) for t in record.turns]
+        if not all(turn.text for turn in turns):
+            raise DataError(f"{record.where}: without its image a question is empty")
+        return self._sample(replace(record, images=(), turns=tuple(turns)), [])
+
+    def _sample(self, record: Record, pictures: Sequence[Image]) -> Sample:
+        return self.processor.conversation(
+            record.turns,
+            pictures,
+            max_length=self.max_length,
+            template=self.template,
+            name=record.where,
+        )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of a rank: its pack, and the samples that are not in it as they should be."""
+
+    batch: PackedBatch
+    bad: tuple[BadSample, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,26 +88,55 @@ class BadPass:
     message: str
 
 
+class Reader(Protocol):
+    """Index -> Sample; both raise DataError."""
+
+    def __call__(self, index: int) -> Sample: ...
+
+    def text_only(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
 class Passes(Dataset):
-    """Tuple of sample indices -> the pack of them, or why there is none."""
+    """Tuple of sample indices -> the pack of them (of none, a dummy pack), or why there is none.
 
-    def __init__(self, read: Callable[[int], Sample], processor: Processor) -> None:
-        self.read = read
-        self.processor = processor
+    loss and padded are those of `pack`; bad_samples the policy (bad_samples.py).
+    """
 
-    def __getitem__(self, samples: tuple[int, ...]) -> PackedBatch | BadPass:
+    read: Reader
+    processor: Processor
+    loss: Loss = "token"
+    padded: bool = False
+    bad_samples: Literal["error", "skip", "text_only"] = "error"
+
+    def __getitem__(self, samples: tuple[int, ...]) -> Pass | BadPass:
+        good: list[Sample] = []
+        bad: list[BadSample] = []
+        for index in samples:
+            try:
+                good.append(self.read(index))
+            except DataError as error:
+                if self.bad_samples == "error":
+                    return BadPass(str(error))
+                text = self._text(index) if self.bad_samples == "text_only" else None
+                good += [] if text is None else [text]
+                bad.append(BadSample(index, str(error), kept_text=text is not None))
+        return Pass(pack(good, self.processor.config, self.loss, self.padded), tuple(bad))
+
+    def _text(self, index: int) -> Sample | None:
+        """What is left of a sample without its images; None where the record itself is bad."""
         try:
-            return pack([self.read(sample) for sample in samples], self.processor.config)
-        except DataError as error:
-            return BadPass(str(error))
+            return self.read.text_only(index)
+        except DataError:
+            return None  # counted as left out
 
 
 def read_passes(
     passes: Passes, sampler: PassSampler, num_workers: int, pin_memory: bool
-) -> Iterator[PackedBatch]:
-    """The packs of one rank in order, read ahead by `num_workers` processes.
+) -> Iterator[Pass]:
+    """The passes of one rank in order, read ahead by `num_workers` processes.
 
-    Raises DataError when the pass is due that holds a bad record.
+    Raises DataError when the pass is due that holds a bad sample which is not to be left out.
     """
     loader = DataLoader(
         passes,
@@ -80,14 +144,17 @@ def read_passes(
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread if num_workers else None,
+        worker_init_fn=_quiet_worker if num_workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, BadPass):
-            raise DataError(batch.message)
-        yield batch
+    for one in loader:
+        if isinstance(one, BadPass):
+            raise DataError(one.message)
+        yield one
 
 
-def _one_thread(worker: int) -> None:
-    """Loader processes run beside the model; more threads in each would only get in its way."""
+def _quiet_worker(worker: int) -> None:
+    """Loader processes run beside the model; more threads in each would only get in its way. And
+    a run that is asked to stop still wants their samples for the step it is in."""
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

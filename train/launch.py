@@ -16,13 +16,14 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from ..hd.errors import UsageError
+from ..hd.errors import Interrupted, UsageError
 
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LAUNCHERS = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets beside RANK
+RESUMABLE = Interrupted.exit_code
 GRACE_SECONDS = 10.0  # between asking a worker to stop and killing it
 
 
@@ -50,8 +51,8 @@ def check_num_processes(num_processes: int | None, environment: Mapping[str, str
 def run_workers(command: Sequence[str], num_processes: int) -> int:
     """Run `command` once per rank; returns 0, or the exit code of the worker that failed.
 
-    When one fails the others are stopped: they would wait for it in a collective. SIGINT, SIGTERM
-    and SIGHUP are passed on. A worker killed by a signal counts as 128 + its number.
+    When one fails the others are stopped: they would wait for it in a collective. SIGINT, SIGTERM,
+    SIGHUP and SIGUSR1 are passed on. A worker killed by a signal counts as 128 + its number.
     """
     port = _free_port()
     workers: list[subprocess.Popen[bytes]] = []
@@ -93,17 +94,26 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]]) -> int:
     while True:
         codes = [worker.poll() for worker in workers]
         if any(codes):
-            time.sleep(SETTLE_SECONDS)  # the cause may be a rank that ends a moment later
+            # The cause may be a rank that ends a moment later; one that was asked to stop may.
+            stopping = RESUMABLE in codes
+            _wait(workers, GRACE_SECONDS if stopping else SETTLE_SECONDS)
             return exit_code([worker.poll() for worker in workers])
         if all(code == 0 for code in codes):
             return 0
         time.sleep(POLL_SECONDS)
 
 
+def _wait(workers: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Give the workers so long to end by themselves."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+        time.sleep(POLL_SECONDS)
+
+
 def exit_code(codes: Sequence[int | None]) -> int:
     """The code that tells most: a named fault before a crash, a crash before a signal."""
     failed = [code for code in codes if code]
-    named = [code for code in failed if code in (2, 3, 75)]
+    named = [code for code in failed if code in (2, 3, RESUMABLE)]
     crashed = [code for code in failed if code > 0]
     return (named or crashed or [128 - code for code in failed] or [0])[0]
 

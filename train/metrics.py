@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,71 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from ..model.packing import PackedBatch
 from .config import BOARD_FOLDER, METRICS_FILE
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What a rank computes in a step; `+` adds up, and so does a sum over ranks of `values()`.
+
+    tokens: of samples, without padding. padding: tokens that belong to no sample, those of dummy
+    packs included. packs: with samples in them. loss_units: what the summed loss is divided by.
+    images: tiles of images.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    padding: int = 0
+    packs: int = 0
+    label_tokens: int = 0
+    loss_units: int = 0
+    images: int = 0
+
+    @classmethod
+    def of(cls, batches: Iterable[PackedBatch]) -> StepCounts:
+        """The counts of some passes."""
+        total = cls()
+        for batch in batches:
+            total += cls(
+                samples=batch.num_samples,
+                tokens=batch.num_useful_tokens,
+                padding=batch.num_padding,
+                packs=int(batch.num_samples > 0),
+                label_tokens=batch.num_label_tokens,
+                loss_units=batch.loss_units,
+                images=batch.num_images,
+            )
+        return total
+
+    def __add__(self, other: StepCounts) -> StepCounts:
+        return StepCounts(*(a + b for a, b in zip(self.values(), other.values(), strict=True)))
+
+    def values(self) -> list[int]:
+        """The counts in the order of the fields; `StepCounts(*values)` reads them back."""
+        return list(astuple(self))
+
+    @property
+    def padding_share(self) -> float:
+        """Padding among all tokens that are computed."""
+        return self.padding / max(1, self.tokens + self.padding)
+
+    def fill(self, pack_tokens: int | None) -> float | None:
+        """How full packs of that limit are on average; None without a limit."""
+        if pack_tokens is None or not self.packs:
+            return None
+        return self.tokens / (self.packs * pack_tokens)
 
 
 @dataclass(frozen=True)
 class StepMetrics:
     """One optimizer step, over all ranks.
 
-    loss: mean cross entropy of its label tokens. grad_norm: before clipping. tokens, images: of
-    the step; seconds: it took; both per second since the step before was logged.
+    loss: mean cross entropy, over its label tokens or its samples' means. grad_norm: before
+    clipping. tokens, images: of the step's samples, so useful ones, padding not counted; seconds:
+    it took; both per second since the step before was logged. padding: share of the computed
+    tokens that belong to no sample. pack_fill: useful tokens in packs by their limit, null where
+    they have none.
     """
 
     step: int
@@ -34,6 +91,8 @@ class StepMetrics:
     seconds: float
     tokens_per_second: float
     images_per_second: float
+    padding: float = 0.0
+    pack_fill: float | None = None
 
 
 class MetricsWriter:
@@ -54,7 +113,7 @@ class MetricsWriter:
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         for name, value in values.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self.board.add_scalar(f"train/{name}", value, metrics.step)
 
     def close(self) -> None:

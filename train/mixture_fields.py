@@ -19,7 +19,7 @@ from ..hd.errors import DataError, UsageError
 from ..hd.grid import suggest
 from ..model.prompt import IMAGE_TAG
 from .mixture_recipe import Source
-from .records import path_fault
+from .record_images import path_fault
 
 
 @dataclass(frozen=True, slots=True)

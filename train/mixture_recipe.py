@@ -18,7 +18,7 @@ import yaml
 from ..hd.errors import UsageError
 from ..hd.grid import suggest
 from .mixture_kinds import KINDS, Kind
-from .records import path_fault
+from .record_images import path_fault
 
 MIXTURES = Path(__file__).resolve().parent / "mixtures"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,19 +9,26 @@ from ..hd.errors import UsageError
 from ..model.attention import implementation
 from ..model.config import LlavaHDConfig, read_config_json
 from ..model.prompt import get_template
-from .batches import BatchOrder, order_of
 from .checkpoint_state import (
     STATE_FILE,
     TrainerState,
     check_resumable,
-    checkpoints,
-    data_digest,
     read_state,
 )
-from .config import BOARD_FOLDER, METRICS_FILE, TrainConfig, part_folder
+from .config import (
+    BAD_SAMPLES_FILE,
+    BOARD_FOLDER,
+    METRICS_FILE,
+    NONFINITE_FILE,
+    TrainConfig,
+    part_folder,
+)
+from .lora import check_lora
+from .manifest import checkpoints, quick_fault
 from .recipe import config_values
-from .records import Record, check_images, read_records
+from .ordering import run_order
 from .settings import ModelSource
+from .sources import RecordSet, check_images, open_records
 
 CONFIG_FILE = "train_config.yaml"
 
@@ -32,49 +38,63 @@ class Job:
     """A run that may start.
 
     state: where it begins. checkpoint: the folder it goes on from, if any. num_images: different
-    ones in the data.
+    ones in the data; None where bad ones are allowed, so that none was looked for.
     """
 
     config: TrainConfig
-    records: Sequence[Record]
-    num_images: int
-    order: BatchOrder
+    records: RecordSet
+    num_images: int | None
     state: TrainerState
     checkpoint: Path | None
 
+    @property
+    def data_words(self) -> str:
+        """How much data there is, in words."""
+        images = "" if self.num_images is None else f" with {self.num_images:,} images"
+        return f"{len(self.records):,} records{images}"
 
-def prepare(config: TrainConfig, world_size: int) -> Job:
+
+def prepare(config: TrainConfig, world_size: int, checkpoint: Path | None) -> Job:
     """Check configuration, model folders, data and output folder; writes nothing.
 
-    Raises UsageError or DataError, one line each.
+    checkpoint: what `resume` comes to, see `find_checkpoint`. Raises UsageError or DataError, one
+    line each.
     """
     check_model_source(config.model)
+    check_lora(config)
     if config.sample_template is not None:
         get_template(config.sample_template)
-    samples_per_step = config.samples_per_step(world_size)
     _check_output_dir(config)
-    records = read_records(config.data.paths)
-    num_images = check_images(records, config.data.images)
-    order = order_of(
-        records, samples_per_step, config.per_device_batch_size, config.seed, config.data.batching
-    )
-    fresh = TrainerState(
-        step=0,
-        num_steps=config.max_steps or order.num_steps(config.epochs),
-        num_samples=len(records),
-        data_digest=data_digest(config.data.paths),
-        samples_per_step=samples_per_step,
-        world_size=world_size,
-        config=config_values(config),
-    )
-    checkpoint = find_checkpoint(config)
-    state = fresh if checkpoint is None else check_resumable(checkpoint, fresh)
+    tolerant = config.data.bad_samples != "error"
+    records = open_records(config.data.paths, config.data.images or None, tolerant)
+    num_images = None if tolerant else check_images(records)
+    state = _state(config, world_size, records, checkpoint)
     if state.is_finished and not _is_same(checkpoint, config.output_dir):
         raise UsageError(
             f"resume {checkpoint}: that run is finished, nothing of it is left to do; give one of "
             "its checkpoints, or train on from it with model.path"
         )
-    return Job(config, records, num_images, order, state, checkpoint)
+    return Job(config, records, num_images, state, checkpoint)
+
+
+def _state(
+    config: TrainConfig, world_size: int, records: RecordSet, checkpoint: Path | None
+) -> TrainerState:
+    """Where the run begins: at the start, or where its checkpoint was written. The samples of a
+    step stay those that it began with, even if the number of ranks changes."""
+    before = None if checkpoint is None else read_state(checkpoint)
+    samples_per_step = before.samples_per_step if before else config.samples_per_step(world_size)
+    order = run_order(config, records, samples_per_step)
+    fresh = TrainerState(
+        step=0,
+        num_steps=config.max_steps or order.num_steps(config.epochs),
+        num_samples=len(records),
+        data_digest=records.digest(),
+        samples_per_step=samples_per_step,
+        world_size=world_size,
+        config=config_values(config),
+    )
+    return fresh if checkpoint is None else check_resumable(checkpoint, fresh)
 
 
 def check_model_source(source: ModelSource) -> None:
@@ -126,6 +146,7 @@ def _check_output_dir(config: TrainConfig) -> None:
 def is_fresh(folder: Path) -> bool:
     """Whether a folder is not there, empty, or left by a run that has not logged a step."""
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    found -= {BAD_SAMPLES_FILE, NONFINITE_FILE}
     if not found:
         return True
     if CONFIG_FILE not in found or not found <= {CONFIG_FILE, METRICS_FILE, BOARD_FOLDER}:
@@ -140,17 +161,23 @@ def _is_same(checkpoint: Path | None, output_dir: str) -> bool:
     return checkpoint is not None and checkpoint.resolve() == Path(output_dir).resolve()
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The folder that `resume` asks for; None to begin at the start.
+def is_finished(folder: Path) -> bool:
+    """Whether a folder is the output of a run that has come to its end."""
+    return (folder / STATE_FILE).is_file() and read_state(folder).is_finished
 
-    A run that is finished is found as its output folder.
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The folder that `resume` asks for as far as names and sizes tell; None to begin at the start.
+
+    What this finds is for checks and messages before the ranks start: they read every byte.
     """
     output_dir = Path(config.output_dir)
     if config.resume == "none":
         return None
     if config.resume == "auto":
-        if (output_dir / STATE_FILE).is_file():
+        if is_finished(output_dir):
             return output_dir
-        return next(reversed(checkpoints(output_dir)), None)
+        whole = (path for path in reversed(checkpoints(output_dir)) if quick_fault(path) is None)
+        return next(whole, None)
     read_state(Path(config.resume))
     return Path(config.resume)

@@ -58,14 +58,19 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 def with_values(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with some dotted settings replaced: `{"optimizer.lr": 1e-5}`.
 
-    A setting that replaces others (`model.preset` the recipe's `model.hd`) takes them away.
+    A setting that replaces others (`model.preset` the recipe's `model.hd`) takes them away. A
+    table given whole (`{"lora": {}}`) goes over the recipe's, null takes it away.
     """
     merged = {key: dict(v) if isinstance(v, Mapping) else v for key, v in recipe.items()}
     for name, value in flags.items():
         section, _, key = name.rpartition(".")
-        if section and not isinstance(merged.setdefault(section, {}), dict):
+        if section and merged.get(section) is None:
+            merged[section] = {}
+        if section and not isinstance(merged[section], dict):
             raise UsageError(f"{section} must be a table of settings, not {merged[section]!r}")
         table = merged[section] if section else merged
+        if not section and isinstance(value, Mapping):  # a copy: other flags go into it
+            value = {**(table[key] if isinstance(table.get(key), dict) else {}), **value}
         table[key] = value
         for other in REPLACES.get(name, ()):
             if f"{section}.{other}" not in flags:

@@ -72,15 +72,20 @@ class ModelSource:
         return self.hd if self.preset is None else get_preset(self.preset)
 
 
+INSIDE = (".parquet", ".tar")  # kinds of files that may hold the images themselves
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is learned from."""
 
-    path: tuple[str, ...] | str = setting("", "LLaVA JSON or JSON lines; several are joined")
-    images: str = setting("", "folder that the image names of the records are relative to")
+    path: tuple[str, ...] | str = setting("", "JSON, JSON lines, Parquet, tar; several are joined")
+    images: str = setting("", "folder of the images that records name; none if all stand in path")
     template: str | None = setting(None, "template of the samples; plain in stage 1 by default")
-    batching: Literal["plain", "modality"] = setting(
-        "plain", "modality: no batch mixes samples with and without images"
+    batching: Literal["packs", "modality", "padded", "plain"] = setting(
+        "packs",
+        "packs of at most pack_tokens; modality: with and without images apart, as LLaVA; padded "
+        "to the longest of a pass; plain: so many samples laid end to end",
     )
     pack_tokens: int | None = setting(
         None, "tokens of a pack (batching packs); per_device_batch_size mean samples by default"
@@ -94,7 +99,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise UsageError("data.path is missing; give a LLaVA JSON or JSON lines file")
-        if not self.images:
+        if not self.images and not all(path.endswith(INSIDE) for path in self.paths):
             raise UsageError("data.images is missing; give the root folder of the images")
         at_least("data.num_workers", self.num_workers, 0)
         if self.pack_tokens is not None:
@@ -114,6 +119,7 @@ class OptimizerConfig:
 
     lr: float = setting(2e-5, "peak learning rate")
     projector_lr: float | None = setting(None, "that of projector and row-end, if another")
+    vision_lr: float | None = setting(None, "that of the tower (train_vision), if another")
     betas: tuple[float, float] = setting((0.9, 0.999), "decay of AdamW's two moments")
     eps: float = setting(1e-8, "AdamW's epsilon")
     weight_decay: float = setting(0.0, "of matrices; norms, biases and row-end have none")
@@ -122,8 +128,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         positive("optimizer.lr", self.lr)
-        if self.projector_lr is not None:
-            positive("optimizer.projector_lr", self.projector_lr)
+        for name in ("projector_lr", "vision_lr"):
+            if getattr(self, name) is not None:
+                positive(f"optimizer.{name}", getattr(self, name))
         positive("optimizer.eps", self.eps)
         at_least("optimizer.weight_decay", self.weight_decay, 0)
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -169,3 +176,30 @@ class ZeroConfig:
             raise UsageError(
                 "zero.offload_param cpu needs zero.stage 3; below it weights are whole"
             )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of the language model's weights; the defaults are LLaVA-1.5's.
+
+    With this table in a recipe (or one of its settings as a flag) the adapters are trained, the
+    language model is not.
+    """
+
+    r: int = setting(128, "rank of the adapters")
+    alpha: int = setting(256, "their scale is alpha / r")
+    dropout: float = setting(0.05, "of what goes into an adapter, in training")
+    target_modules: tuple[str, ...] | None = setting(
+        None, "last names of the adapted linears; all of the decoder layers by default"
+    )
+    bits: Literal[16, 8, 4] = setting(16, "of the frozen linears; 4 is QLoRA; 16: as precision")
+    quant_type: Literal["nf4", "fp4"] = setting("nf4", "numbers of 4 bits")
+    double_quant: bool = setting(True, "their scales in fewer bits too")
+
+    def __post_init__(self) -> None:
+        at_least("lora.r", self.r, 1)
+        at_least("lora.alpha", self.alpha, 1)
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"lora.dropout must lie in [0, 1), not {self.dropout}")
+        if self.target_modules is not None and not self.target_modules:
+            raise UsageError("lora.target_modules is empty; name a linear, or leave it out")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ import deepspeed.ops
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
+T = TypeVar("T")
 NEVER = 2**31  # steps between DeepSpeed's own prints
 
 
@@ -86,11 +87,11 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
 
     `gradient_clipping` in particular: its default was 0 when LLaVA-1.5 was trained and is 1 today.
     """
-    accumulation = config.accumulation(world_size)
     values: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.per_device_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": config.samples_per_step(world_size),
+        # Passes per step vary; the loop says where a step ends and divides the loss itself.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
         "gradient_clipping": config.gradient_clipping,
         "bf16": {"enabled": config.precision == "bf16"},
         "zero_optimization": _zero_section(config),
@@ -99,7 +100,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
     }
-    if config.precision == "bf16" and accumulation > 1:
+    if config.precision == "bf16":
         values["data_types"] = {"grad_accum_dtype": "fp32"}
     return values
 
@@ -145,21 +146,29 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def gather_objects(value: T) -> list[T]:
+    """The `value` of every rank, in order of the ranks; small things only."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()
 
 
-def gathered_state(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """All weights whole, on the CPU, on rank 0; empty elsewhere.
+def gathered_state(model: nn.Module, names: Iterable[str], world: World) -> dict[str, Tensor]:
+    """The named weights whole, on the CPU, on rank 0; empty elsewhere.
 
     A collective under ZeRO-3. One tensor at a time is whole on a device, never the model.
     """
     state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        with _whole(tensor):
+    tensors = model.state_dict(keep_vars=True)
+    for name in names:
+        with _whole(tensors[name]):
             if world.is_main:
-                state[name] = tensor.detach().to("cpu", copy=True)
+                state[name] = tensors[name].detach().to("cpu", copy=True)
     return state
 
 

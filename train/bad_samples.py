@@ -1,0 +1,89 @@
+"""Samples that cannot be read: stopped at, left out, or kept without their image; never unseen.
+
+Policy (`data.bad_samples`): `error` stops at the first; `skip` leaves the sample out of its step,
+whose loss is the mean over what is left; `text_only` keeps the words of one whose image is bad,
+without the image tag, and leaves out one whose record is bad. Each is told in bad_samples.jsonl,
+and the run stops when more than `data.bad_sample_limit` of the data are bad.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..hd.errors import DataError
+from .config import BAD_SAMPLES_FILE
+
+
+def allowed_bad(limit: float, num_samples: int) -> int:
+    """How many samples may be bad: the share `limit`, rounded up."""
+    return math.ceil(limit * num_samples)
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read: its index in the data, why, and whether its text stayed."""
+
+    index: int
+    reason: str
+    kept_text: bool
+
+
+class BadSamples:
+    """Counts the bad samples of a run, on every rank alike, and (rank 0) writes them down.
+
+    A sample that comes again in a later epoch counts once.
+    """
+
+    def __init__(self, output_dir: Path, num_samples: int, limit: float, first_step: int) -> None:
+        """Lines of steps behind `first_step` belong to a run that was cut off; they are dropped
+        by `open`."""
+        self.path = output_dir / BAD_SAMPLES_FILE
+        self.allowed = allowed_bad(limit, num_samples)
+        self.num_samples = num_samples
+        self.lines = [line for line in _lines(self.path) if line["step"] <= first_step]
+        self.seen = {line["index"] for line in self.lines}
+
+    def open(self) -> None:
+        """Bring the file to the state of the step that the run goes on from (rank 0)."""
+        if self.lines or self.path.exists():
+            unfinished = self.path.with_name(f".{self.path.name}.unfinished")
+            unfinished.write_text("".join(map(_line, self.lines)), encoding="utf-8")
+            unfinished.replace(self.path)
+
+    def add(self, step: int, found: Sequence[BadSample], write: bool) -> int:
+        """Note the bad samples of step `step` (from 1), of all ranks; returns how many are new.
+
+        Raises DataError, on every rank alike, when more are bad than the limit allows.
+        """
+        new = [bad for bad in found if bad.index not in self.seen]
+        self.seen.update(bad.index for bad in new)
+        if write and new:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(_line({"step": step, **asdict(bad)}) for bad in new))
+                file.flush()
+                os.fsync(file.fileno())
+        if len(self.seen) > self.allowed:
+            raise DataError(
+                f"{len(self.seen)} of {self.num_samples} samples are bad, {self.allowed} are "
+                f"allowed (data.bad_sample_limit); the last: {found[-1].reason}; see {self.path}, "
+                "or run llava-hd data check"
+            )
+        return len(new)
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of the file; a last one cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
