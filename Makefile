@@ -7,12 +7,13 @@ FOLDERS := hd kernels model train bench cli
 
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check faults format clean
 
 help:
 	@echo "make demo    the whole job at nano size on a CPU: data, two stages, two models, report"
 	@echo "make test    the test suite"
 	@echo "make check   formatting, lint, types, import arrows"
+	@echo "make faults  break training runs in every way; the figures of docs/reliability.md (an hour and more)"
 	@echo "make format  rewrite the sources in the project's format"
 
 setup: $(STAMP)
@@ -31,6 +32,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+
+faults: $(STAMP)
+	$(BIN)/llava-hd bench faults --docs docs/reliability.md
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

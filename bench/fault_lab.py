@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,6 @@ Hook = Callable[[int, int, str], None]  # rank, step (from 0), what begins
 
 def write_data(folder: Path, scenes: int, text_every: int = 4) -> None:
     """The nano data set; every `text_every`-th record of stage 2 loses its image."""
-    import json
-
     draw_dataset(folder, scenes, 2, seed=0)
     path = folder / "finetune.json"
     records = json.loads(path.read_text(encoding="utf-8"))
@@ -183,7 +182,7 @@ class Ranks:
 
 
 def start_ranks(
-    count: int, body: Callable[[], None], log: Path, hook: Hook | None = None
+    count: int, body: Callable[[], object], log: Path, hook: Hook | None = None
 ) -> Ranks:
     """Fork `count` ranks that run `body`; what they print goes to `log`."""
     with socket.socket() as probe:
@@ -205,7 +204,7 @@ def _become_rank(
     rank: int,
     count: int,
     port: int,
-    body: Callable[[], None],
+    body: Callable[[], object],
     log: Path,
     events: int,
     hook: Hook | None,
@@ -259,11 +258,7 @@ def run_ranks(
     config: TrainConfig, count: int, log: Path, hook: Hook | None = None, seconds: float = 120.0
 ) -> list[int] | None:
     """Train with `count` ranks to the end; exit codes, None for a hang."""
-    return start_ranks(count, lambda: _train(config), log, hook).wait(seconds)
-
-
-def _train(config: TrainConfig) -> None:
-    train(config)
+    return start_ranks(count, partial(train, config), log, hook).wait(seconds)
 
 
 def in_child(work: Callable[[], None], log: Path) -> None:

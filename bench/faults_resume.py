@@ -44,21 +44,21 @@ class Case:
 
 
 def resume_matrix(lab: Lab, quick: bool, progress: Progress) -> list[Case]:
-    """All cases; `quick` takes one place for each stage, precision and number of workers, another
-    for each, and one of the changes of ranks."""
+    """All cases; `quick` takes one for each stage and precision, of all places and numbers of
+    workers, and one change of ranks for each stage."""
     cases = []
     for number, (stage, precision) in enumerate(product((2, 3), ("fp32", "bf16"))):
         settings = {"zero__stage": stage, "precision": precision, "max_steps": STEPS}
         whole = lab.config(f"whole-{stage}-{precision}", **settings)
         if run_ranks(whole, 2, lab.log) != [0, 0]:
             raise RuntimeError(f"the undisturbed run failed; see {lab.log}")
-        for workers in (0, 2):
-            places = list(PLACES)
-            for place in places[(number + workers) % 3 :][:1] if quick else places:
-                cases.append(_resumed(lab, settings, whole, workers, place, (2, 2)))
-                progress(f"resume: {len(cases)} cases")
-        for ranks in ((2, 1), (1, 2)) if not quick or precision == "fp32" else ():
-            cases.append(_resumed(lab, settings, whole, 0, "mid-epoch", ranks))
+        kinds = [(workers, place, (2, 2)) for workers in (0, 2) for place in PLACES]
+        changes = [(0, "mid-epoch", (2, 1)), (0, "mid-epoch", (1, 2))]
+        if quick:
+            kinds = [kinds[4 * number % 6]]
+            changes = [changes[stage - 2]] if precision == "fp32" else []
+        for workers, place, ranks in kinds + changes:
+            cases.append(_resumed(lab, settings, whole, workers, place, ranks))
             progress(f"resume: {len(cases)} cases")
     return cases
 
@@ -72,7 +72,8 @@ def _resumed(
     ranks: tuple[int, int],
 ) -> Case:
     """Stop a run in a place, go on, and compare it with the one that ran through."""
-    name = f"r-{settings['zero__stage']}-{settings['precision']}-{workers}-{place}-{ranks[0]}{ranks[1]}"
+    stage, precision = settings["zero__stage"], settings["precision"]
+    name = f"resume-{stage}-{precision}-{workers}-{place}-{ranks[0]}{ranks[1]}"
     done = PLACES[place]
     by_signal = place == "mid-accumulation"
     saves = {} if by_signal else {"save_steps": 1}
@@ -91,8 +92,8 @@ def _resumed(
     same = losses_hex(folder) == losses_hex(reference)
     pairs = zip(losses(folder), losses(reference), strict=False)
     return Case(
-        stage=settings["zero__stage"],
-        precision=settings["precision"],
+        stage=stage,
+        precision=precision,
         workers=workers,
         place=place,
         ranks=ranks,

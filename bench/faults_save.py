@@ -11,14 +11,17 @@ import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..train import checkpoint
+from ..train.config import TrainConfig
 from ..train.run import train
-from .fault_lab import Lab, start_ranks, weight_hash
+from .fault_lab import Lab, run_ranks, start_ranks, weight_hash
 
 Progress = Callable[[str], None]
+QUICK_CASES = ((0, 2, 0), (1, 3, 1))  # rank, stage, number of the fault
 FAILING_STEP = 2  # the save after this many steps fails; those after 1 and 3 do not
 
 
@@ -39,26 +42,22 @@ class SaveCase:
 
 
 def failed_saves(lab: Lab, quick: bool, progress: Progress) -> list[SaveCase]:
-    """Every fault on either rank under both stages; `quick` takes each fault once."""
+    """Every fault on either rank under both stages; `quick` takes two."""
     cases = []
     for stage in (2, 3):
         settings = {"zero__stage": stage, "max_steps": 4}
         whole = lab.config(f"save-whole{stage}", **settings)
-        if start_ranks(2, lambda config=whole: train(config), lab.log).wait(120.0) != [0, 0]:
+        if run_ranks(whole, 2, lab.log) != [0, 0]:
             raise RuntimeError(f"the run failed; see {lab.log}")
         due = weight_hash(Path(whole.output_dir))
         for number, fault in enumerate(FAULTS):
             for rank in (0, 1):
-                if quick and (rank, stage) != (number % 2, 2 + number // 2 % 2):
+                if quick and (rank, stage, number) not in QUICK_CASES:
                     continue
                 config = lab.config(f"save{stage}-{number}-{rank}", **settings, save_steps=1)
                 log = lab.folder / f"save{stage}-{number}-{rank}.log"
 
-                def body(config=config, rank=rank, fault=fault) -> None:
-                    if int(os.environ["RANK"]) == rank:
-                        _break_save(FAULTS[fault])
-                    train(config, _Printing())
-
+                body = partial(_train_with_fault, config, rank, FAULTS[fault])
                 codes = start_ranks(2, body, log).wait(120.0)
                 folder = Path(config.output_dir)
                 names = {path.name for path in folder.glob("*checkpoint-*")}
@@ -75,6 +74,12 @@ def failed_saves(lab: Lab, quick: bool, progress: Progress) -> list[SaveCase]:
                 )
                 progress(f"failed saves: {len(cases)}")
     return cases
+
+
+def _train_with_fault(config: TrainConfig, rank: int, fault: Callable[[], None]) -> None:
+    if int(os.environ["RANK"]) == rank:
+        _break_save(fault)
+    train(config, _Printing())
 
 
 class _Printing:
@@ -102,7 +107,7 @@ def _break_save(fault: Callable[[], None]) -> None:
         try:
             return real(engine, folder, world)
         finally:
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     checkpoint.save_fragments = save_fragments  # this process exists for this run only

@@ -1,4 +1,4 @@
-"""Odd steps: any mix of images over ranks and passes, and losses or gradients that are not finite."""
+"""Odd steps: any mix of images over ranks and passes; losses and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..model.llava_hd import LlavaHD
 from ..model.packing import PackedBatch, Sample, pack
 from ..model.processor import Processor
 from ..model.prompt import IMAGE_TAG, Turn
+from ..train.config import TrainConfig
 from ..train.optimizer import build_optimizer, freeze
 from ..train.run import build_model, train
 from ..train.zero import all_sum, join_world, start_engine
@@ -30,7 +32,9 @@ HANG_SECONDS = 60.0
 TEXTS = ("is there a cat", "what is in the picture, and what is not", "describe it")
 
 
-def fuzz_modalities(lab: Lab, stage: int, count: int, seed: int, progress: Progress) -> dict[str, Any]:
+def fuzz_modalities(
+    lab: Lab, stage: int, count: int, seed: int, progress: Progress
+) -> dict[str, Any]:
     """`count` steps, each with its own random assignment of {0–3 images, text only, nothing} to
     2 ranks x 3 passes, in one process group. Counts the steps that all ranks finished."""
     config = lab.config(f"fuzz{stage}", zero__stage=stage, timeout_minutes=HANG_SECONDS / 60)
@@ -39,7 +43,9 @@ def fuzz_modalities(lab: Lab, stage: int, count: int, seed: int, progress: Progr
         world = join_world(config.timeout_minutes)
         model, processor = build_model(config, None)
         freeze(model, config.stage)
-        engine = start_engine(model.train(), build_optimizer(model, config.optimizer), config, world)
+        engine = start_engine(
+            model.train(), build_optimizer(model, config.optimizer), config, world
+        )
         for step in range(count):
             rng = random.Random(f"{seed}/{step}")
             kinds = [[rng.choice(KINDS) for _ in range(PASSES)] for _ in range(RANKS)]
@@ -57,7 +63,12 @@ def fuzz_modalities(lab: Lab, stage: int, count: int, seed: int, progress: Progr
     done = lab.folder / f"fuzz{stage}.txt"
     steps = int(done.read_text(encoding="utf-8")) if done.exists() else 0
     progress(f"modalities: ZeRO-{stage}, {steps} of {count}")
-    return {"stage": stage, "assignments": count, "finished": steps, "hangs": int(codes != [0] * RANKS)}
+    return {
+        "stage": stage,
+        "assignments": count,
+        "finished": steps,
+        "hangs": int(codes != [0] * RANKS),
+    }
 
 
 KINDS = ("nothing", "text", "one", "two", "three", "text and one")
@@ -111,23 +122,21 @@ def not_finite(lab: Lab, quick: bool, progress: Progress) -> list[NanCase]:
         for d in (2, 3)
         for e in ("fp32", "bf16")
     ):
-        if quick and number % 7:
+        if quick and number % 19:
             continue
         name = f"nan-{what}-{who}-{often}-{stage}-{precision}"
         settings = {"zero__stage": stage, "precision": precision, "max_steps": STEPS}
         settings["data__batching"] = "plain"  # two passes a step on every rank
         config = lab.config(name, **settings)
 
-        def body(config=config, what=what, who=who, often=often) -> None:
-            if who == "all" or os.environ["RANK"] == "1":
-                _poison(what, often)
-            train(config)
-
+        body = partial(_train_poisoned, config, what, who, often)
         codes = start_ranks(RANKS, body, lab.log).wait(180.0)
         folder = Path(config.output_dir)
         lines = (folder / "nonfinite.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
-        named = all(one["records"] for line in records for passes in line["ranks"] for one in passes)
+        named = all(
+            one["records"] for line in records for passes in line["ranks"] for one in passes
+        )
         due = 1 if often == "once" else config.nonfinite_limit
         stopped = codes == [1] * RANKS
         right_end = stopped if often == "forever" else codes == [0] * RANKS
@@ -136,11 +145,15 @@ def not_finite(lab: Lab, quick: bool, progress: Progress) -> list[NanCase]:
         if often == "once":
             fine = fine and all(math.isfinite(x) for x in losses(folder)[BAD_STEP + 1 :])
             fine = fine and bool(weight_hash(folder))
-        cases.append(
-            NanCase(what, who, often, stage, precision, len(records), due, stopped, fine)
-        )
+        cases.append(NanCase(what, who, often, stage, precision, len(records), due, stopped, fine))
         progress(f"not finite: {len(cases)}")
     return cases
+
+
+def _train_poisoned(config: TrainConfig, what: str, who: str, often: str) -> None:
+    if who == "all" or os.environ["RANK"] == "1":
+        _poison(what, often)
+    train(config)
 
 
 def _poison(what: str, often: str) -> None:
@@ -151,18 +164,18 @@ def _poison(what: str, often: str) -> None:
         nonlocal passes
         step, passes = passes // 2, passes + 1  # two passes a step
         bad = step == BAD_STEP or (often == "forever" and step > BAD_STEP)
+        if bad and what == "tile":
+            handle = self.vision.register_forward_hook(lambda module, inputs, x: x * math.nan)
+            try:
+                return real(self, batch)
+            finally:
+                handle.remove()
         output = real(self, batch)
-        if not bad:
-            return output
-        if what == "loss":
+        if bad and what == "loss":
             return type(output)(output.loss_sum * math.nan, *_rest(output))
-        if what == "gradient":
+        if bad:
             return type(output)(_NanGradient.apply(output.loss_sum), *_rest(output))
-        handle = self.vision.register_forward_hook(lambda module, inputs, x: x * math.nan)
-        try:
-            return real(self, batch)
-        finally:
-            handle.remove()
+        return output
 
     LlavaHD.forward = forward  # type: ignore[method-assign]  # this process is for this run only
 

@@ -98,7 +98,9 @@ def torn_writes(lab: Lab, quick: bool, progress: Progress) -> list[TornCase]:
     if start_ranks(1, work, lab.log).wait(600.0) != [0]:
         raise RuntimeError(f"the torn writes could not be tried; see {lab.log}")
     lines = [line.split("\t") for line in report.read_text(encoding="utf-8").splitlines()]
-    return [TornCase(name, what, found == "True", told == "True") for name, what, found, told in lines]
+    return [
+        TornCase(name, what, found == "True", told == "True") for name, what, found, told in lines
+    ]
 
 
 def resumed_past_a_broken_one(lab: Lab) -> bool:

@@ -103,7 +103,10 @@ def run(args: Namespace) -> int:
     report = {"recipe": args.config, "gpus": args.gpus, **report_of(found)}
     if args.out is not None:
         _write(Path(args.out), report, found)
-    print(json.dumps(report, indent=2)) if args.json else _print(found, args.gpus)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(found, args.gpus, question.on_gpu)
     return 0
 
 
@@ -156,7 +159,7 @@ def _write(out: Path, report: dict[str, Any], found: Estimate) -> None:
     (out / "tokens.png").write_bytes(tokens_png(found.samples))
 
 
-def _print(found: Estimate, gpus: int) -> None:
+def _print(found: Estimate, gpus: int, on_gpu: bool) -> None:
     # Wide enough for the table wherever the output goes.
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for words in found.run.assumed:
@@ -166,7 +169,7 @@ def _print(found: Estimate, gpus: int) -> None:
     for line in _sample_lines(found):
         console.print(line)
     console.print(memory_table(found.memory))
-    for line in [*_memory_lines(found), "", *_work_lines(found, gpus)]:
+    for line in [*_memory_lines(found, on_gpu), "", *_work_lines(found, gpus)]:
         console.print(line)
     if found.missing:
         console.print("not said, because not given: " + "; ".join(found.missing))
@@ -222,14 +225,20 @@ def memory_table(memory: Memory) -> Table:
     return table
 
 
-def _memory_lines(found: Estimate) -> list[str]:
+def _memory_lines(found: Estimate, on_gpu: bool) -> list[str]:
     from ..train.estimate import ACCURACY
 
     memory = found.memory
-    lines = [
-        f"peak {memory.peak / GIB:.2f} GiB ({MOMENTS[memory.peak_moment]}), within {ACCURACY:.0%} "
-        "in the measured runs (on CPUs); not in it: CUDA's context, NCCL's buffers, fragmentation"
-    ]
+    lines = [f"peak {memory.peak / GIB:.2f} GiB ({MOMENTS[memory.peak_moment]})"]
+    if on_gpu:
+        lines.append(
+            "  not in it: CUDA's context, NCCL's buffers, fragmentation; never compared with a GPU"
+        )
+    else:
+        lines.append(
+            f"  within {ACCURACY:.0%} in measured runs with glibc's MALLOC_MMAP_THRESHOLD_ and "
+            "MALLOC_TRIM_THRESHOLD_ at 65536; without them they took 1.4 to 1.6 times as much"
+        )
     if memory.host:
         lines.append(f"memory of the machine for each rank: {memory.host / GIB:.1f} GiB")
     fit = found.fit
@@ -248,6 +257,8 @@ def _work_lines(found: Estimate, gpus: int) -> list[str]:
         f"step, each rank sends: {traffic.total / 1e9:,.2f} GB (gradients "
         f"{traffic.gradients / 1e9:,.2f}, weights {traffic.weights / 1e9:,.2f})",
     ]
+    if found.traffic_seconds is not None:
+        lines[-1] += f"; {found.traffic_seconds:,.2f} s at the given --gbps"
     if found.num_steps is not None:
         lines.append(f"run: {found.num_steps:,} steps, {work.total * found.num_steps:.3g} FLOP")
     if found.speed is None or found.cost is None:

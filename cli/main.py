@@ -37,6 +37,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ),
     ("nano", "build"): ("nano", "make the shipped nano weights again from a seed"),
     ("bench", "kernels"): ("bench_kernels", "time our kernels against their rivals, with errors"),
+    ("bench", "faults"): ("bench_faults", "training runs killed, torn and fed with rubbish"),
     ("bench", "packing"): ("bench_packing", "train with packs and with padded batches, in turns"),
     ("bench", "report"): ("bench_report", "charts and docs/performance.md from the results"),
     ("bench", "tune"): ("bench_tune", "measure the kernels' block sizes on this GPU"),

@@ -34,6 +34,7 @@ DECODE_ERRORS = (
     IndexError,
     KeyError,
     OverflowError,
+    AssertionError,  # a PNG that names a palette and has none
     struct.error,
     zlib.error,
 )

@@ -113,7 +113,7 @@ def real_pass(config: TrainConfig):
         changed(config, model__projector_from=None, stage="pretrain"), None
     )
     reader = RecordReader(records_of(config), Path(config.data.images), processor, None, 2048)
-    return model.train(), pack([reader(index) for index in range(6)], processor.config)
+    return model, pack([reader(index) for index in range(6)], processor.config)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,7 @@ def test_a_traced_pass_keeps_what_a_real_one_keeps(config, settings):
     freeze(model, "finetune", config.train_vision)
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
+    model.train()
     known = [*model.parameters(), *model.buffers(), *vars(batch).values()]
     with LiveBytes(t for t in known if isinstance(t, torch.Tensor)) as real:
         output = model(batch)

@@ -18,18 +18,18 @@ import pytest
 import torch
 from train_data import tiny_config, write_data
 
-from llava_hd.hd.errors import LlavaHDError, UsageError
+from llava_hd.hd.errors import UsageError
 from llava_hd.model.llava_hd import LlavaHD
 from llava_hd.model.packing import pack
-from llava_hd.train.batches import order_of
 from llava_hd.train.config import TrainConfig
 from llava_hd.train.dataset import RecordReader
 from llava_hd.train.launch import run_workers
 from llava_hd.train.metrics import read_metrics
 from llava_hd.train.optimizer import build_optimizer, freeze, lr_factor
+from llava_hd.train.ordering import run_order
 from llava_hd.train.recipe import config_yaml
-from llava_hd.train.records import read_records
 from llava_hd.train.run import build_model, train
+from llava_hd.train.sources import open_records
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
@@ -70,6 +70,15 @@ class Runs:
         self.checkpointing = replace(
             self.zero3, output_dir=str(folder / "gc"), gradient_checkpointing=True, save_steps=0
         )
+        adapters = {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "save_steps": 2}
+        self.lora = config("lora", **both, **adapters, zero__stage=3, train_vision=True)
+        self.lora_resumed = replace(
+            self.lora,
+            output_dir=str(folder / "lora-r"),
+            resume=str(folder / "lora/checkpoint-2"),
+            save_steps=0,
+        )
+        self.packs = config("packs", **both, data__batching="packs", data__pack_tokens=400)
         self.workers = replace(
             self.zero2,
             output_dir=str(folder / "workers"),
@@ -128,6 +137,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Runs:
         runs.bf16_2,
         runs.bf16_3,
         runs.checkpointing,
+        runs.lora,
+        runs.lora_resumed,
+        runs.packs,
         runs.workers,
     )
     assert runs.two_processes(*ready) == 0
@@ -135,8 +147,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Runs:
 
 
 def order(config: TrainConfig):
-    records = read_records(config.data.paths)
-    return records, order_of(records, 4, config.per_device_batch_size, config.seed, "plain")
+    records = open_records(config.data.paths, config.data.images)
+    return records, run_order(config, records, 4)
 
 
 def test_the_data_puts_a_text_only_pack_on_one_rank_beside_images_on_the_other(runs):
@@ -219,10 +231,22 @@ def test_stage_2_goes_on_with_the_projector_and_leaves_the_tower(runs):
 
 
 def test_a_resumed_run_ends_with_the_same_bits(runs):
-    for whole, resumed in ((runs.zero3, runs.resumed), (runs.zero2_saved, runs.zero2_resumed)):
+    for whole, resumed in (
+        (runs.zero3, runs.resumed),
+        (runs.zero2_saved, runs.zero2_resumed),
+        (runs.lora, runs.lora_resumed),
+    ):
         first = 5 - len(losses(resumed))
         assert first > 0 and losses(whole)[first:] == losses(resumed)
         assert_same_weights(weights(whole), weights(resumed), tolerance=0.0)
+
+
+def test_packs_train_as_passes_of_so_many_samples_do(runs):
+    assert_same_run(runs.packs, runs.zero2)
+    metrics = read_metrics(Path(runs.packs.output_dir))
+    assert all(0.3 < entry.pack_fill <= 1 for entry in metrics)
+    assert [entry.samples for entry in metrics] == [4] * 5
+    assert all(entry.pack_fill is None for entry in read_metrics(Path(runs.zero2.output_dir)))
 
 
 def test_loader_processes_do_not_change_the_run(runs):
@@ -264,6 +288,20 @@ def test_every_checkpoint_is_a_model_folder(runs):
     for name in ("checkpoint-2", "checkpoint-4"):
         assert LlavaHD.from_pretrained(folder / name).config.hd == runs.zero3.model.hd
     assert not list(folder.glob(".unfinished*"))
+
+
+def test_a_lora_run_holds_adapter_projector_and_tower_and_is_a_model(runs):
+    folder = Path(runs.lora.output_dir)
+    for place in (folder, folder / "checkpoint-4"):
+        found = {path.name for path in place.glob("*.safetensors")}
+        assert found == {"adapter_model.safetensors", "projector.safetensors", "vision.safetensors"}
+    start, _ = build_model(runs.zero2, None)
+    before, after = start.state_dict(), weights(runs.lora)
+    moved = {
+        name for name in before if name in after and not torch.equal(before[name], after[name])
+    }
+    assert moved and all(name.startswith(("projector.", "vision.")) for name in moved)
+    assert any("lora_B" in name and tensor.any() for name, tensor in after.items())
 
 
 def test_a_finished_run_holds_metrics_tensorboard_curve_and_configuration(runs):

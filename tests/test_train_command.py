@@ -23,8 +23,8 @@ from llava_hd.cli.train_progress import TrainProgress
 from llava_hd.hd.errors import UsageError
 from llava_hd.train.checkpoint_state import write_state
 from llava_hd.train.config import TrainConfig, leaves
-from llava_hd.train.manifest import Manifest, quick_fault, write_manifest
 from llava_hd.train.launch import check_num_processes, exit_code, run_workers, worker_environment
+from llava_hd.train.manifest import Manifest, quick_fault, write_manifest
 from llava_hd.train.metrics import StepMetrics, read_metrics, running_mean
 from llava_hd.train.prepare import is_fresh, prepare
 from llava_hd.train.recipe import config_yaml, load_config

@@ -55,6 +55,7 @@ def tiny_config(data: Path, parts: Path, output_dir: Path, **settings: Any) -> T
             "path": str(data / "data.json"),
             "images": str(data / "images"),
             "num_workers": 0,
+            "batching": "plain",
         },
         "optimizer": {"lr": 1e-2, "warmup_ratio": 0.2, "weight_decay": 0.1},
         "zero": {

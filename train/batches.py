@@ -16,7 +16,7 @@ have about equal work. The loss of a step does not depend on how it falls into p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 
 from .packs import pack_lengths
-from .records import Record
 
 Batching = Literal["packs", "modality", "padded", "plain"]
 PLAIN, MODALITY = 0, 1  # streams of random numbers
@@ -150,34 +149,6 @@ def _modality_epoch(order: BatchOrder, epoch: int) -> np.ndarray:
         filled = np.resize(rng.permutation(kind), steps * order.samples_per_step)
         rows.append(filled.reshape(steps, order.samples_per_step))
     return rng.permutation(np.concatenate(rows), axis=0)
-
-
-def order_of(
-    records: Sequence[Record],
-    samples_per_step: int,
-    samples_per_pass: int,
-    seed: int,
-    batching: Batching,
-    lengths: np.ndarray | None = None,
-    pack_tokens: int | None = None,
-) -> BatchOrder:
-    """The order of these records. lengths: int `[records]` in tokens, which packs need; modality
-    counts characters where there are none."""
-    has_image = None
-    if batching == "modality":
-        has_image = np.array([bool(record.images) for record in records])
-        if lengths is None:
-            lengths = np.array([sum(len(turn.text) for turn in r.turns) for r in records])
-    return BatchOrder(
-        num_samples=len(records),
-        samples_per_step=samples_per_step,
-        samples_per_pass=samples_per_pass,
-        seed=seed,
-        batching=batching,
-        has_image=has_image,
-        lengths=lengths,
-        pack_tokens=pack_tokens,
-    )
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ def run_memory(
     batches = batch * (1 if on_gpu else passes)
     traced = trace_pass(run.model, shape)
     host = states.host
-    if on_gpu:  # weights are read on the CPU; a loader's packs wait there too
-        host += run.weights.bytes + batch * passes
+    if on_gpu:  # weights are read there in the run's precision; a step's packs wait there too
+        host += sum(run.weights.sizes) * run.weights.width + batch * passes
     return Memory(_parts(states, traced, batches, run.dequantised), host)
 
 

@@ -2,8 +2,9 @@
 
 A matrix product of m x k by k x n is 2mkn operations. For a weight of P numbers and T rows: 2PT
 forward, 2PT for the gradient of its input wherever something before it learns, 2PT for its own
-where it learns, and 2PT once more where gradient checkpointing computes the forward again (up to
-what the last linear of a layer reads: its output is not needed). So a trained weight costs 6PT, a frozen one that gradients pass through 4PT, a frozen tower 2PT.
+where it learns, and 2PT once more where gradient checkpointing computes the forward again (of a
+layer all but its last linear, whose output nobody needs). So a trained weight costs 6PT, a frozen
+one that gradients pass through 4PT, a frozen tower 2PT.
 
 Attention over a sequence of t tokens is 4 t² heads·d forward, half of it if causal, and 2.5 times
 that backward (Dao, FlashAttention-2, arXiv 2307.08691, sec. 3). The head sees label rows only. The

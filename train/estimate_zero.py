@@ -1,8 +1,8 @@
 """What ZeRO holds on one rank, and what it sends: DeepSpeed 0.19.8 as zero.py configures it.
 
 Read from its source (runtime/zero/stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py)
-and held against measured runs (tests/test_estimate_memory.py). Numbers are bytes of one rank,
-`learned` is the number of trained parameters, N the ranks:
+and held against runs on CPUs in fp32 (tests/test_estimate_memory.py). Numbers are bytes of one
+rank, `learned` is the number of trained parameters, N the ranks:
 
                            ZeRO-2                        ZeRO-3
     weights                all, whole                    1/N of all; small ones whole too

@@ -25,8 +25,8 @@ from .config import (
 )
 from .lora import check_lora
 from .manifest import checkpoints, quick_fault
-from .recipe import config_values
 from .ordering import run_order
+from .recipe import config_values
 from .settings import ModelSource
 from .sources import RecordSet, check_images, open_records
 

@@ -148,9 +148,10 @@ def _order(job: Job, processor: Processor, world: World, listener: Listener) -> 
                 counted = checked_lengths(job, processor, listener)
             except LlavaHDError as error:
                 counted = error  # all ranks stop by it
-        lengths = gather_objects(counted)[0]
-        if isinstance(lengths, LlavaHDError):
-            raise lengths
+        told = gather_objects(counted)[0]
+        if isinstance(told, LlavaHDError):
+            raise told
+        lengths = told
     return run_order(job.config, job.records, job.state.samples_per_step, lengths)
 
 

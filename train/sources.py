@@ -153,13 +153,15 @@ def open_records(
         done: told what is read, how many are done, and of how many.
 
     Raises UsageError for files that are not there, DataError for one that cannot be read as a
-    whole, and for a bad record of a JSON file unless tolerant.
+    whole, or a JSON file without one good record, and for a bad one unless tolerant.
     """
     sources: list[Source] = []
     for found in open_files(paths, images_root, cache, done):
         if isinstance(found, DataError):
             raise found
-        if found.faults and not tolerant:
+        # A file without one good record is another file than was meant, such as a page; or all
+        # records stand inside of one object, which would be left out as a single bad record.
+        if found.faults and (not tolerant or len(found.faults) == len(found)):
             raise first_of(found.faults)
         sources.append(found)
     return RecordSet(sources)

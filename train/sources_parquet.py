@@ -189,7 +189,11 @@ class ParquetSource:
         return FileImage(self.root, cell["path"]).load()
 
     def has_image(self, index: int) -> bool:
-        return bool(_cells(self._row(index, self.text_leaves).get(self.image_column)))
+        try:
+            row = self._row(index, self.text_leaves)
+        except BadRecord:
+            return False  # told when it is due, or on counting tokens
+        return bool(_cells(row.get(self.image_column)))
 
     def num_images(self) -> int:
         """Images of all rows, of which the names or paths are read where there are any."""
