@@ -75,6 +75,7 @@ class Lab:
     def build(cls, folder: Path, scenes: int = 24) -> Lab:
         """Draw the data and train one step of stage 1."""
         lab = cls(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         in_child(lambda: write_data(folder / "data", scenes), lab.log)
         codes = run_ranks(lab.config("stage1", stage="pretrain", max_steps=1), 1, lab.log)
         if codes != [0]:

@@ -6,6 +6,7 @@ by itself whether what was promised came true (`ok`). Nothing here is timed.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from .faults_steps import fuzz_modalities, not_finite
 from .faults_torn import resumed_past_a_broken_one, torn_writes
 from .measure import device_name, environment, json_text, slug, write_results
 
-RECORD = "faults.json"
 SEED = 20261121
 Progress = Callable[[str], None]
 Rows = list[dict[str, Any]]
@@ -97,7 +97,8 @@ def nonfinite_part(lab: Lab, sizes: Sizes, progress: Progress) -> Rows:
 
 def data_part(lab: Lab, sizes: Sizes, progress: Progress) -> Rows:
     """Images and records that cannot be used, under the three policies."""
-    return data_faults(lab, sizes.quick, progress)
+    rows = data_faults(lab, sizes.quick, progress)
+    return [{**row, "ok": not row["fault"]} for row in rows]
 
 
 PARTS: dict[str, Callable[[Lab, Sizes, Progress], Rows]] = {
@@ -113,31 +114,47 @@ PARTS: dict[str, Callable[[Lab, Sizes, Progress], Rows]] = {
 
 def run_faults(
     parts: Sequence[str], sizes: Sizes, out: Path | None, command: str, progress: Progress
-) -> tuple[dict[str, Any], Path | None]:
-    """Try the parts and write the record; returns it and its folder.
+) -> dict[str, dict[str, Any]]:
+    """Try the parts; returns part -> its record, which is written to `out` as soon as it is there.
 
     out: None writes nothing.
     """
     # Ranks are forks of this process, which must not have threads of its own.
     torch.set_num_threads(1)
+    records = {}
     with tempfile.TemporaryDirectory(prefix="llava-hd-faults-") as folder:
-        lab = Lab.build(Path(folder))
-        found = {part: PARTS[part](lab, sizes, progress) for part in parts}
-    record = {
-        "environment": environment(torch.device("cpu"), command, SEED),
-        "sizes": dict(sizes.__dict__),
-        "summary": [summary(part, rows) for part, rows in found.items()],
-        **found,
+        for part in parts:
+            lab = Lab.build(Path(folder) / part)
+            rows = PARTS[part](lab, sizes, progress)
+            records[part] = {
+                "environment": environment(torch.device("cpu"), command, SEED),
+                "sizes": dict(sizes.__dict__),
+                **summary(part, rows),
+                "rows": rows,
+            }
+            if out is not None:
+                write_results(out, {record_name(part): json_text(records[part])})
+    return records
+
+
+def record_name(part: str) -> str:
+    """The file of a part's record."""
+    return f"faults-{part}.json"
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records that lie in a folder of results, by part."""
+    paths = {part: folder / record_name(part) for part in PARTS}
+    return {
+        part: json.loads(path.read_text(encoding="utf-8"))
+        for part, path in paths.items()
+        if path.exists()
     }
-    if out is not None:
-        write_results(out, {RECORD: json_text(record)})
-    return record, out
 
 
 def summary(part: str, rows: Rows) -> dict[str, Any]:
     """A part in one line: what it comes to, and how many rows are not as promised."""
     return {
-        "part": part,
         "cases": len(rows),
         "failed": sum(not row["ok"] for row in rows),
         "text": SUMMARIES[part](rows),
@@ -213,19 +230,19 @@ TITLES = {
 }
 
 
-def page_with(text: str, record: dict[str, Any], source: str) -> str:
-    """docs/reliability.md with the figures of a record between its markers."""
+def page_with(text: str, records: dict[str, dict[str, Any]], folder: Path) -> str:
+    """docs/reliability.md with the figures of some records between its markers."""
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    where = record["environment"]
     lines = [
-        "| what | cases | not as promised | result |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {TITLES[line['part']]} | {line['cases']} | {line['failed']} | {line['text']} |"
-            for line in record["summary"]
-        ),
-        "",
-        f"Made by `{where['command']}`; every case is in `{source}`.",
+        "| what | cases | not as promised | result | made by |",
+        "| --- | --- | --- | --- | --- |",
     ]
+    for part, record in records.items():
+        where = record["environment"]
+        lines.append(
+            f"| {TITLES[part]} | {record['cases']} | {record['failed']} | {record['text']} | "
+            f"`{where['command']}`, {where['time'][:10]} |"
+        )
+    lines += ["", f"Every case is in `{folder}/faults-*.json`."]
     return f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}"

@@ -128,7 +128,6 @@ def test_a_damaged_part_of_a_parquet_file_is_left_out_of_a_run_by_modality(parts
     assert sum(one.samples for one in read_metrics(tmp_path / "out")) == 8
 
 
-@pytest.mark.xfail(strict=True, reason="BadSamples.open drops what the first step told of")
 @pytest.mark.parametrize(
     ("policy", "batching"), [("skip", "packs"), ("text_only", "plain"), ("text_only", "packs")]
 )

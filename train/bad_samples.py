@@ -22,7 +22,7 @@ from .config import BAD_SAMPLES_FILE
 
 def allowed_bad(limit: float, num_samples: int) -> int:
     """How many samples may be bad: the share `limit`, rounded up."""
-    return math.ceil(limit * num_samples)
+    return math.ceil(round(limit * num_samples, 6))
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,27 @@ class BadSamples:
         self.num_samples = num_samples
         self.lines = [line for line in _lines(self.path) if line["step"] <= first_step]
         self.seen = {line["index"] for line in self.lines}
+        self.is_open = False
 
     def open(self) -> None:
-        """Bring the file to the state of the step that the run goes on from (rank 0)."""
-        if self.lines or self.path.exists():
+        """Bring the file to the state of the step that the run goes on from (rank 0), once: the
+        first step may have told of bad samples before."""
+        if not self.is_open and (self.lines or self.path.exists()):
             unfinished = self.path.with_name(f".{self.path.name}.unfinished")
             unfinished.write_text("".join(map(_line, self.lines)), encoding="utf-8")
             unfinished.replace(self.path)
+        self.is_open = True
 
-    def add(self, step: int, found: Sequence[BadSample], write: bool) -> int:
-        """Note the bad samples of step `step` (from 1), of all ranks; returns how many are new.
+    def add(self, step: int, found: Sequence[BadSample], write: bool) -> list[BadSample]:
+        """Note the bad samples of step `step` (from 1), of all ranks; returns the new ones.
 
         Raises DataError, on every rank alike, when more are bad than the limit allows.
         """
-        new = [bad for bad in found if bad.index not in self.seen]
+        # A step that reaches into the next epoch may hold a sample twice.
+        new = list({bad.index: bad for bad in found if bad.index not in self.seen}.values())
         self.seen.update(bad.index for bad in new)
         if write and new:
+            self.open()
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(_line({"step": step, **asdict(bad)}) for bad in new))
                 file.flush()
@@ -74,7 +79,7 @@ class BadSamples:
                 f"allowed (data.bad_sample_limit); the last: {found[-1].reason}; see {self.path}, "
                 "or run llava-hd data check"
             )
-        return len(new)
+        return new
 
 
 def _line(values: dict[str, Any]) -> str:
@@ -85,5 +90,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of the file; a last one cut off by a kill is left out."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    data = path.read_bytes()  # a cut may go through a character
+    text = data[: data.rfind(b"\n") + 1].decode("utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]

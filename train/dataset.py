@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from ..hd.errors import DataError
 from ..model.packing import Loss, PackedBatch, Sample, pack
 from ..model.processor import Processor
-from ..model.prompt import IMAGE_TAG
 from .bad_samples import BadSample
 from .batches import PassSampler
-from .record import Record
+from .record import Record, without_images
 from .sources import RecordSet
 from .sources_base import FileImage, ImagePlace, open_image
 
@@ -54,11 +53,10 @@ class RecordReader:
 
     def text_only(self, index: int) -> Sample:
         """The sample of a record without its images and their tags; DataError as above."""
-        record = self.records[index]
-        turns = [replace(t, text=t.text.replace(IMAGE_TAG, "").strip()) for t in record.turns]
-        if not all(turn.text for turn in turns):
+        record = without_images(self.records[index])
+        if not all(turn.text for turn in record.turns):
             raise DataError(f"{record.where}: without its image a question is empty")
-        return self._sample(replace(record, images=(), turns=tuple(turns)), [])
+        return self._sample(record, [])
 
     def _sample(self, record: Record, pictures: Sequence[Image]) -> Sample:
         return self.processor.conversation(

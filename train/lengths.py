@@ -22,10 +22,10 @@ from ..hd.errors import DataError, LlavaHDError, UsageError
 from ..hd.image import read_size
 from ..hd.plan import plan_image
 from ..model.processor import Processor
-from ..model.prompt import IMAGE_TAG, Turn
+from ..model.prompt import Turn
 from .data_check_tokens import measure_conversation
 from .lengths_cache import cache_key, read_cached, write_cached
-from .record import Record
+from .record import Record, without_images
 from .workers import Done, silent
 
 CHUNK = 64  # records that a loader process hands over at a time
@@ -89,13 +89,10 @@ class LengthReader:
 
     def _words(self, record: Record) -> int:
         """The length of a record without its images; 0 where nothing is left to train on."""
-        turns = [Turn(t.role, t.text.replace(IMAGE_TAG, "").strip()) for t in record.turns]
-        tokens, reason = self._measure(turns, [])
+        tokens, reason = self._measure(without_images(record).turns, [])
         return tokens if reason is None else 0
 
-    def _measure(
-        self, turns: list[Turn] | tuple[Turn, ...], counts: list[int]
-    ) -> tuple[int, str | None]:
+    def _measure(self, turns: tuple[Turn, ...], counts: list[int]) -> tuple[int, str | None]:
         config = self.processor.config
         template = config.template if self.template is None else self.template
         found = measure_conversation(

@@ -188,11 +188,11 @@ class Loop:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         with said_once(self.world):
             new = self.bad_samples.add(step + 1, bad, write=self.world.is_main)
-        if new:
-            done = "kept as text" if bad[-1].kept_text else "left out"
+        for one in new[:1]:
+            done = "kept as text" if one.kept_text else "left out"
             self.listener.say(
-                f"step {step + 1}: {new} bad sample(s), {len(self.bad_samples.seen)} of at most "
-                f"{self.bad_samples.allowed} so far; {done}: {bad[-1].reason}"
+                f"step {step + 1}: {len(new)} new bad sample(s), {len(self.bad_samples.seen)} of "
+                f"at most {self.bad_samples.allowed} so far; {done}: {one.reason}"
             )
 
     def state(self, step: int) -> TrainerState:

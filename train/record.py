@@ -8,7 +8,7 @@ names or absent. Hugging Face's: `{"messages": [{"role", "content"}, …], "imag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..hd.errors import DataError
@@ -41,6 +41,15 @@ class Record:
     def where(self) -> str:
         """File, index and id, for messages."""
         return f"{self.file}: {record_name(self.index, self.id, self.place)}"
+
+
+def without_images(record: Record) -> Record:
+    """The record without its images and their tags; a question may be left empty."""
+    turns = tuple(
+        Turn(t.role, t.text.replace(IMAGE_TAG, "").strip()) if t.role == ROLES[0] else t
+        for t in record.turns
+    )
+    return replace(record, images=(), turns=turns)
 
 
 class BadRecord(DataError):
