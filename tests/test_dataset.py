@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +95,20 @@ def test_a_bad_image_is_one_line_that_names_record_and_image(data, processor, nu
     assert (
         message.startswith(f"{data / 'data.json'}: record 1 (id 'r1'): ") and "1-0.png" in message
     )
+
+
+def test_loader_processes_go_on_when_all_processes_of_a_run_are_signalled(data, processor):
+    passes = Passes(reader(data, processor), processor)
+    found = read_passes(passes, sampler(3), 2, pin_memory=False)
+    names = [next(found).batch.names]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(worker.pid, number)
+    names += [one.batch.names for one in found]
+    alone = read_passes(passes, sampler(3), 0, pin_memory=False)
+    assert names == [one.batch.names for one in alone]
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()

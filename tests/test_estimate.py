@@ -324,7 +324,7 @@ def test_no_speed_is_invented_and_a_given_one_is_used():
 
 
 @pytest.mark.parametrize(
-    ("gib", "verdict"), [(141, "fits"), (48, "too close to call"), (24, "does not fit")]
+    ("gib", "verdict"), [(141, "fits"), (28, "too close to call"), (24, "does not fit")]
 )
 def test_a_verdict_has_a_margin_and_names_what_to_change(gib, verdict):
     shipped = load_config("vicuna-7b-hd448", "finetune")

@@ -16,6 +16,7 @@ from ..model.packing import Loss, PackedBatch, Sample, pack
 from ..model.processor import Processor
 from .bad_samples import BadSample
 from .batches import PassSampler
+from .config import TrainConfig
 from .record import Record, without_images
 from .sources import RecordSet
 from .sources_base import FileImage, ImagePlace, open_image
@@ -129,6 +130,24 @@ class Passes(Dataset):
             return None  # counted as left out
 
 
+def run_passes(config: TrainConfig, records: RecordSet, processor: Processor) -> Passes:
+    """The passes of a run, as its configuration wants them."""
+    reader = RecordReader(
+        records=records,
+        images=Path(config.data.images) if config.data.images else None,
+        processor=processor,
+        template=config.sample_template,
+        max_length=config.max_length,
+    )
+    return Passes(
+        reader,
+        processor,
+        loss=config.loss,
+        padded=config.data.batching == "padded",
+        bad_samples=config.data.bad_samples,
+    )
+
+
 def read_passes(
     passes: Passes, sampler: PassSampler, num_workers: int, pin_memory: bool
 ) -> Iterator[Pass]:
@@ -152,7 +171,8 @@ def read_passes(
 
 def _quiet_worker(worker: int) -> None:
     """Loader processes run beside the model; more threads in each would only get in its way. And
-    a run that is asked to stop still wants their samples for the step it is in."""
+    a run that is asked to stop (SLURM signals all processes) still wants their samples for the
+    step it is in. They end with their rank in any case."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -4,14 +4,13 @@ packed, their memory. Nothing is written, no weight is read."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..hd.errors import DataError, UsageError
 from .batches import BatchOrder
-from .dataset import BadPass, Passes, RecordReader
+from .dataset import BadPass, run_passes
 from .estimate_memory import Memory, run_memory
 from .estimate_model import Outline, outline_run
 from .estimate_samples import PlacedPass, Samples, heaviest_passes, measure_samples
@@ -120,20 +119,7 @@ def _figures(
 def _read(job: Job, run: Outline, place: PlacedPass, world_size: int, passes: int) -> ReadPass:
     config, processor = job.config, run.processor
     assert processor is not None
-    reader = RecordReader(
-        records=job.records,
-        images=Path(config.data.images) if config.data.images else None,
-        processor=processor,
-        template=config.sample_template,
-        max_length=config.max_length,
-    )
-    found = Passes(
-        reader,
-        processor,
-        loss=config.loss,
-        padded=config.data.batching == "padded",
-        bad_samples=config.data.bad_samples,
-    )[place.samples]
+    found = run_passes(config, job.records, processor)[place.samples]
     if isinstance(found, BadPass):
         raise DataError(found.message)
     batch = found.batch

@@ -24,7 +24,7 @@ from .bad_samples import BadSample, BadSamples
 from .batches import BatchOrder, PassSampler
 from .checkpoint import SaveFailed, drop_oldest, save_checkpoint
 from .checkpoint_state import TrainerState
-from .dataset import Pass, Passes, RecordReader, read_passes
+from .dataset import Pass, read_passes, run_passes
 from .metrics import MetricsWriter, StepCounts, StepMetrics
 from .nonfinite import NonFiniteSteps
 from .optimizer import LearningRates
@@ -239,20 +239,7 @@ class Loop:
 
     def _open_passes(self) -> Iterator[Pass]:
         job, config = self.job, self.job.config
-        reader = RecordReader(
-            records=job.records,
-            images=Path(config.data.images) if config.data.images else None,
-            processor=self.processor,
-            template=config.sample_template,
-            max_length=config.max_length,
-        )
-        passes = Passes(
-            reader,
-            self.processor,
-            loss=config.loss,
-            padded=config.data.batching == "padded",
-            bad_samples=config.data.bad_samples,
-        )
+        passes = run_passes(config, job.records, self.processor)
         sampler = PassSampler(
             self.order, self.world.rank, self.world.size, job.state.step, job.state.num_steps
         )
