@@ -88,11 +88,12 @@ class Loop:
                 barrier()
                 self.listener.start(first, num_steps)
                 for step in range(first, num_steps):
+                    began = time.monotonic()  # waiting for samples counts, saving does not
                     if step > first:
                         data = self._read(step)
                     if data.stop:
                         self._stop_here(step)
-                    metrics = self._step(step, data)
+                    metrics = self._step(step, data, began)
                     self.listener.step(metrics)
                     is_last = step + 1 == num_steps
                     if writer and (metrics.step % self.job.config.logging_steps == 0 or is_last):
@@ -101,9 +102,8 @@ class Loop:
                     if every and metrics.step % every == 0 and not is_last:
                         self._save_or_warn(metrics.step)
 
-    def _step(self, step: int, data: StepData) -> StepMetrics:
+    def _step(self, step: int, data: StepData, began: float) -> StepMetrics:
         """Forward and backward of this rank's passes, and the update that all ranks make."""
-        began = time.monotonic()
         config, world, engine = self.job.config, self.world, self.engine
         # Random numbers, if a model uses any, depend on step and rank alone, as in a resumed run.
         torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + world.rank)

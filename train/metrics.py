@@ -73,10 +73,10 @@ class StepMetrics:
     """One optimizer step, over all ranks.
 
     loss: mean cross entropy, over its label tokens or its samples' means. grad_norm: before
-    clipping. tokens, images: of the step's samples, so useful ones, padding not counted; seconds:
-    it took; both per second since the step before was logged. padding: share of the computed
-    tokens that belong to no sample. pack_fill: useful tokens in packs by their limit, null where
-    they have none.
+    clipping. tokens, images: of the step's samples, so useful ones, padding not counted. seconds:
+    from asking for its samples to its update, without saving; both are given per second of that.
+    padding: share of the computed tokens that belong to no sample. pack_fill: useful tokens in
+    packs by their limit, null where they have none.
     """
 
     step: int

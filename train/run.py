@@ -31,7 +31,7 @@ from .manifest import MANIFEST_FILE
 from .metrics import StepMetrics, draw_loss_curve, read_metrics
 from .optimizer import LearningRates, build_optimizer, freeze, trained_words
 from .ordering import NEED_LENGTHS, run_lengths, run_order
-from .prepare import Job, is_finished, prepare
+from .prepare import CONFIG_FILE, Job, is_finished, prepare
 from .stop import StopRequest
 from .together import said_once
 
@@ -104,7 +104,10 @@ def _checkpoint(config: TrainConfig, world: World, listener: Listener) -> Path |
         return _named_checkpoint(Path(config.resume), world)
     if gather_objects(is_finished(output_dir))[0]:
         return output_dir
-    return newest_whole(output_dir, world, listener.say)
+    found = newest_whole(output_dir, world, listener.say)
+    if found is None and (output_dir / CONFIG_FILE).exists():
+        listener.say(f"{output_dir} holds no whole checkpoint: beginning at the start")
+    return found
 
 
 def _named_checkpoint(folder: Path, world: World) -> Path:
