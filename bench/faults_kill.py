@@ -21,6 +21,7 @@ from ..model.processor import Processor
 from ..train import loop
 from ..train.checkpoint_state import TrainerState
 from ..train.config import TrainConfig
+from ..train.output_lock import OutputLock
 from ..train.prepare import prepare
 from ..train.run import Silence, finish, start_loop, train
 from ..train.stop import StopRequest
@@ -184,7 +185,8 @@ def _train_with_deepspeed(config: TrainConfig, shards: Path) -> None:
     world = join_world(config.timeout_minutes)
     job = prepare(config, world.size, None)
     with StopRequest(announce=False) as stop:
-        steps = start_loop(job, world, Silence(), stop)
+        lock = OutputLock(Path(config.output_dir), print)
+        steps = start_loop(job, world, Silence(), stop, lock)
         if shards.exists():
             path, client = steps.engine.load_checkpoint(str(shards))
             if path is not None:

@@ -290,8 +290,7 @@ def dry_run_lines(job: Job, found: DryRun, world_size: int) -> list[str]:
         fill = f", packs of {order.pack_tokens:,} tokens {order.fill:.1%} full"
     lines = [
         f"{config.stage}: {job.data_words}; steps {state.step:,}..{state.num_steps:,} of "
-        f"{state.samples_per_step:,} samples ({config.per_device_batch_size} x {world_size} ranks "
-        f"x {config.accumulation(world_size)} passes), ZeRO-{config.zero.stage}, "
+        f"{state.samples_per_step:,} samples on {world_size} ranks, ZeRO-{config.zero.stage}, "
         f"{config.precision}; would write {config.output_dir}",
         f"samples: {found.at_limit:,} ({share:.2%}) reach max_length {config.max_length:,}, cut or "
         f"just full; {len(found.samples.faults):,} cannot be trained on",

@@ -11,7 +11,7 @@ import dataclasses
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
 from jsonargparse import Namespace
 
@@ -21,6 +21,9 @@ from ..train.config import SECTIONS, TrainConfig, leaves
 from ..train.launch import check_num_processes, run_workers, worker_command
 from ..train.recipe import config_yaml, load_config, recipe_names
 from .parser import Parser
+
+if TYPE_CHECKING:
+    from ..train.run import TrainResult
 
 # Other projects' names of the same settings, on the command line only.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -207,11 +210,26 @@ def _train_here(config: TrainConfig) -> int:
                 raise Interrupted(_how_to_go_on(config)) from None
             return Interrupted.exit_code
     if is_main:
-        print(
-            f"{result.output_dir}: {result.num_steps:,} steps, loss {result.last_loss:.4f}, "
-            f"{result.seconds:.0f} s"
-        )
+        print(_summary(result))
     return 0
+
+
+def _summary(result: TrainResult) -> str:
+    """What a run came to, in a line or two."""
+    fill = "" if result.pack_fill is None else f", packs {result.pack_fill:.0%} full"
+    odd = [
+        f"{count} {what}"
+        for count, what in (
+            (result.skipped, "steps left out"),
+            (result.bad_samples, "bad samples"),
+        )
+        if count
+    ]
+    return (
+        f"{result.output_dir}: {result.num_steps:,} steps, loss {result.last_loss:.4f}, "
+        f"{result.seconds:.0f} s; {result.tokens_per_second:,.0f} useful tokens/s, padding "
+        f"{result.padding:.1%}{fill}{'; ' if odd else ''}{', '.join(odd)}"
+    )
 
 
 def _how_to_go_on(config: TrainConfig) -> str:

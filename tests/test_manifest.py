@@ -83,8 +83,18 @@ def test_files_that_changed_places_or_do_not_belong_there_are_found(tmp_path):
     assert fault_in(folder) is not None
     shutil.rmtree(folder)
     folder = write_checkpoint(tmp_path, 7)
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    assert "does not belong there" in str(fault_in(folder))
+    for name in ("pytorch_model.bin", "optimizer/rank-1.safetensors"):
+        (folder / name).write_bytes(b"")
+        assert "does not belong there" in str(fault_in(folder))
+        (folder / name).unlink()
+    for name in (".nfs0001", "optimizer/.DS_Store", "pope.html"):  # no loader looks at these
+        (folder / name).write_bytes(b"")
+    assert fault_in(folder) is None
+
+
+def test_a_folder_that_cannot_be_read_is_not_called_broken(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        fault_in(tmp_path / "checkpoint-7")
 
 
 def test_a_checkpoint_under_another_name_is_found(tmp_path):

@@ -211,7 +211,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, tmp_path, caps
     words = ["pretrain", "--config", str(recipe), "--dry-run", "--num-processes", "2"]
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert "12 records with 10 images; steps 0..5 of 4 samples (2 x 2 ranks x 1 passes)" in text
+    assert "12 records with 10 images; steps 0..5 of 4 samples on 2 ranks" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -286,7 +286,7 @@ def test_ctrl_c_stops_all_workers_and_says_that_the_run_can_go_on(recipe, tmp_pa
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 75, errors
     assert errors.count("interrupted") == 1 and "Traceback" not in errors
-    assert "llava-hd: SIGINT: this step is finished and saved" in errors
+    assert "llava-hd: SIGINT: the step is finished and saved first" in errors
     (saved,) = (tmp_path / "out").glob("checkpoint-*")
     assert f"saved {saved}, go on with --resume auto" in errors
     assert quick_fault(saved) is None

@@ -8,16 +8,14 @@ and the run stops when more than `data.bad_sample_limit` of the data are bad.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..hd.errors import DataError
 from .config import BAD_SAMPLES_FILE
+from .journal import append_journal, cut_journal, read_journal
 
 
 def allowed_bad(limit: float, num_samples: int) -> int:
@@ -46,17 +44,17 @@ class BadSamples:
         self.path = output_dir / BAD_SAMPLES_FILE
         self.allowed = allowed_bad(limit, num_samples)
         self.num_samples = num_samples
-        self.lines = [line for line in _lines(self.path) if line["step"] <= first_step]
-        self.seen = {line["index"] for line in self.lines}
+        self.first_step = first_step
+        self.seen = {
+            line["index"] for line in read_journal(self.path) if line["step"] <= first_step
+        }
         self.is_open = False
 
     def open(self) -> None:
         """Bring the file to the state of the step that the run goes on from (rank 0), once: the
         first step may have told of bad samples before."""
-        if not self.is_open and (self.lines or self.path.exists()):
-            unfinished = self.path.with_name(f".{self.path.name}.unfinished")
-            unfinished.write_text("".join(map(_line, self.lines)), encoding="utf-8")
-            unfinished.replace(self.path)
+        if not self.is_open:
+            cut_journal(self.path, self.first_step)
         self.is_open = True
 
     def add(self, step: int, found: Sequence[BadSample], write: bool) -> list[BadSample]:
@@ -69,10 +67,7 @@ class BadSamples:
         self.seen.update(bad.index for bad in new)
         if write and new:
             self.open()
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(_line({"step": step, **asdict(bad)}) for bad in new))
-                file.flush()
-                os.fsync(file.fileno())
+            append_journal(self.path, ({"step": step, **asdict(bad)} for bad in new))
         if len(self.seen) > self.allowed:
             raise DataError(
                 f"{len(self.seen)} of {self.num_samples} samples are bad, {self.allowed} are "
@@ -80,16 +75,3 @@ class BadSamples:
                 "or run llava-hd data check"
             )
         return new
-
-
-def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of the file; a last one cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()  # a cut may go through a character
-    text = data[: data.rfind(b"\n") + 1].decode("utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]

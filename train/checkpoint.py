@@ -16,6 +16,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -25,6 +26,8 @@ from ..model.llava_hd import LlavaHD
 from ..model.processor import Processor
 from .checkpoint_state import TrainerState, write_state
 from .manifest import (
+    OPTIMIZER,
+    QUARANTINE,
     FileEntry,
     Manifest,
     checkpoints,
@@ -35,10 +38,10 @@ from .manifest import (
     sync_folder,
     write_manifest,
 )
+from .together import on_all, on_main
 from .zero import Engine, World, barrier, gather_objects, gathered_state
 from .zero_state import WRITE_FAULTS, load_fragments, save_fragments
 
-OPTIMIZER = "optimizer"
 UNFINISHED, REMOVED = ".unfinished-", ".removed-"
 
 
@@ -129,7 +132,8 @@ def _write_model(
 
 def drop_oldest(output_dir: Path, limit: int | None, world: World) -> None:
     """Remove the oldest checkpoints beyond `limit` (rank 0), each renamed first, so that a kill
-    in between leaves none that is half there."""
+    in between leaves none that is half there. The newest is the one just saved: what a run that
+    was given up had further on is put aside when a run begins (`put_later_aside`)."""
     if world.is_main and limit is not None:
         for old in checkpoints(output_dir)[:-limit]:
             removed = output_dir / f"{REMOVED}{old.name}"
@@ -175,28 +179,56 @@ def load_optimizer(engine: Engine, folder: Path, world: World) -> None:
 
 def verified(folder: Path, world: World) -> str | None:
     """What is wrong with a checkpoint, every byte read, the files shared out among the ranks; the
-    same answer on all ranks. None if nothing is."""
-    faults = [fault for fault in gather_objects(fault_in(folder, world.rank, world.size)) if fault]
+    same answer on all ranks. None if nothing is.
+
+    Raises LlavaHDError, on all ranks, where one cannot read it: a disk that is away is no reason
+    to give a checkpoint up.
+    """
+
+    def read() -> str | None:
+        try:
+            return fault_in(folder, world.rank, world.size)
+        except OSError as error:
+            raise LlavaHDError(
+                f"{folder} cannot be read by rank {world.rank} ({error.strerror}); mend that and "
+                "start again"
+            ) from error
+
+    faults = [fault for fault in gather_objects(on_all(world, read)) if fault]
     return faults[0] if faults else None
 
 
 def newest_whole(output_dir: Path, world: World, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a run that verifies; a collective.
+    """The newest checkpoint of a run that verifies; None where there is none at all. A collective.
 
     A broken one is moved to `quarantine/`, `say` tells which and why, and the one before it is
-    tried.
+    tried. Raises DataError where all are broken: to begin anew is not for us to decide.
     """
-    while True:
-        candidates = gather_objects(checkpoints(output_dir))[0]
-        if not candidates:
-            return None
-        fault = verified(candidates[-1], world)
+    while candidates := on_main(world, lambda: checkpoints(output_dir)):
+        newest = candidates[-1]
+        fault = verified(newest, world)
         if fault is None:
-            return candidates[-1]
-        if world.is_main:
-            aside = put_aside(candidates[-1])
-            say(f"BROKEN CHECKPOINT: {fault}; moved to {aside}, trying the one before it")
-        barrier()
+            return newest
+        aside = on_main(world, partial(put_aside, newest))
+        say(f"BROKEN CHECKPOINT: {fault}; moved to {aside}, trying the one before it")
+    if on_main(world, lambda: (output_dir / QUARANTINE).is_dir()):
+        raise DataError(
+            f"{output_dir} holds no whole checkpoint any more (see {output_dir / QUARANTINE}); "
+            "give a new output_dir to begin anew"
+        )
+    return None
+
+
+def put_later_aside(output_dir: Path, step: int, world: World, say: Callable[[str], None]) -> None:
+    """Move checkpoints of later steps than a run begins with to `quarantine/`: of a run that was
+    given up, they would be taken for the newest. A collective."""
+
+    def move() -> list[tuple[Path, Path]]:
+        later = [p for p in checkpoints(output_dir) if int(p.name.rpartition("-")[2]) > step]
+        return [(path, put_aside(path)) for path in later]
+
+    for path, aside in on_main(world, move):
+        say(f"{path} is later than step {step}, where this run goes on; moved to {aside}")
 
 
 def check_whole(folder: Path, world: World) -> None:

@@ -156,6 +156,7 @@ FREE_TO_CHANGE = frozenset(
         "nonfinite_limit",
         "data.num_workers",
         "data.bad_sample_limit",
+        *(f"zero.{item.name}" for item in fields(ZeroConfig)),
         "data.images",
         "model.attention",
     }

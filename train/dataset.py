@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..hd.errors import DataError
@@ -17,6 +15,7 @@ from ..model.processor import Processor
 from .bad_samples import BadSample
 from .batches import PassSampler
 from .config import TrainConfig
+from .lengths import quiet_worker
 from .record import Record, without_images
 from .sources import RecordSet
 from .sources_base import FileImage, ImagePlace, open_image
@@ -161,18 +160,9 @@ def read_passes(
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_quiet_worker if num_workers else None,
+        worker_init_fn=quiet_worker if num_workers else None,
     )
     for one in loader:
         if isinstance(one, BadPass):
             raise DataError(one.message)
         yield one
-
-
-def _quiet_worker(worker: int) -> None:
-    """Loader processes run beside the model; more threads in each would only get in its way. And
-    a run that is asked to stop (SLURM signals all processes) still wants their samples for the
-    step it is in. They end with their rank in any case."""
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

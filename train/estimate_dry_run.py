@@ -15,7 +15,8 @@ from .estimate_memory import Memory, run_memory
 from .estimate_model import Outline, outline_run
 from .estimate_samples import PlacedPass, Samples, heaviest_passes, measure_samples
 from .estimate_trace import PassShape
-from .ordering import NEED_LENGTHS, run_order
+from .lengths import Lengths
+from .ordering import check_faults, run_order
 from .prepare import Job
 from .workers import Done, silent
 
@@ -69,19 +70,18 @@ def dry_run(job: Job, world_size: int, done: Done = silent) -> DryRun:
     if run.processor is None:
         raise UsageError(f"the words cannot be counted: {'; '.join(run.assumed)}")
     samples = measure_samples(config, run.processor, job.records, job.records.image, done=done)
-    if samples.faults and config.data.bad_samples == "error":
-        more = f" ({len(samples.faults):,} such samples)" if len(samples.faults) > 1 else ""
-        raise DataError(f"{samples.faults[0]}{more}")
-    lengths = samples.total.astype(np.int32) if config.data.batching in NEED_LENGTHS else None
+    check_faults(config, samples.faults, len(samples), lambda text: None)  # told by the figures
+    lengths = Lengths(samples.total.astype(np.int32), samples.visual.astype(np.int32))
     order = run_order(config, job.records, state.samples_per_step, lengths)
     steps = range(state.step, state.num_steps)
-    heaviest = heaviest_passes(order, samples, world_size, steps)
+    padded = config.data.batching == "padded"
+    heaviest = heaviest_passes(order, samples, world_size, steps, padded)
     passes = max(order.num_passes(step, world_size) for step in spread_steps(steps))
     most_tokens, most_tiles = (_read(job, run, place, world_size, passes) for place in heaviest)
     return DryRun(
         samples=samples,
         at_limit=int((samples.total >= config.max_length).sum()),
-        order=_figures(order, samples, world_size, steps, config.data.batching == "padded"),
+        order=_figures(order, samples, world_size, steps, padded),
         most_tokens=most_tokens,
         most_tiles=most_tiles,
     )

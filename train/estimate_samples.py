@@ -235,15 +235,17 @@ class PlacedPass:
 
 
 def heaviest_passes(
-    order: BatchOrder, samples: Samples, world_size: int, steps: range
+    order: BatchOrder, samples: Samples, world_size: int, steps: range, padded: bool
 ) -> tuple[PlacedPass, PlacedPass]:
-    """Of these steps, the pass with most tokens and the one with most tiles (first ones if equal);
-    all samples must have been measured."""
+    """Of these steps, the pass with most computed tokens (padding included) and the one with most
+    tiles (first ones if equal); all samples must have been measured."""
     most_tokens = most_tiles = PlacedPass(0, 0, (), -1, -1)
     for step in steps:
         for rank in range(world_size):
             for chosen in order.passes_of_rank(step, rank, world_size):
-                tokens, tiles = int(samples.total[chosen].sum()), int(samples.tiles[chosen].sum())
+                lengths = samples.total[chosen]
+                tokens = int(lengths.max(initial=0) * len(chosen) if padded else lengths.sum())
+                tiles = int(samples.tiles[chosen].sum())
                 if tokens > most_tokens.tokens or tiles > most_tiles.tiles:
                     one = PlacedPass(step, rank, tuple(map(int, chosen)), tokens, tiles)
                     most_tokens = one if tokens > most_tokens.tokens else most_tokens

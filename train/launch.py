@@ -119,10 +119,13 @@ def exit_code(codes: Sequence[int | None]) -> int:
 
 
 def _stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the workers that still run: first politely, then by force."""
-    for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
+    """End the workers that still run: first politely, then by force. A rank whose peers are gone
+    cannot finish its step, so it is told twice, which means at once (train/stop.py)."""
+    for _ in range(2):
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+        time.sleep(POLL_SECONDS)
     deadline = time.monotonic() + GRACE_SECONDS
     for worker in workers:
         try:

@@ -9,6 +9,7 @@ decided when it is due.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,7 @@ def token_lengths(
     cache_dir: Path | None = None,
     num_workers: int = 0,
     done: Done = silent,
+    say: Callable[[str], None] = print,
 ) -> Lengths:
     """The lengths of all samples: from the cache, or measured by `num_workers` processes.
 
@@ -125,7 +127,8 @@ def token_lengths(
     Image files are taken to be unchanged while the records are: looking at every file would cost
     minutes on a network disk. Instead a few records spread over the data are measured again, and
     if one differs, all are; those with faults always are, since they may have been mended.
-    done: told ("lengths", how many are measured, of how many).
+    done: told ("lengths", how many are measured, of how many). say: told where the cache cannot be
+    written, which stops nothing.
 
     Raises UsageError for a tokenizer that prompts cannot be built with, LlavaHDError where a
     process dies.
@@ -143,7 +146,10 @@ def token_lengths(
         due, known = sorted(lengths.faults), dict(lengths.faults)
     _measure(reader, lengths, due, num_workers, done)
     if cache_dir is not None and lengths.faults != known:
-        write_cached(cache_dir, key, lengths.total, lengths.visual, lengths.faults)
+        try:
+            write_cached(cache_dir, key, lengths.total, lengths.visual, lengths.faults)
+        except LlavaHDError as error:
+            say(f"{error}; they will be counted again next time")
     return lengths
 
 
@@ -187,12 +193,12 @@ def _chunks(
         batch_size=CHUNK,
         collate_fn=list,
         num_workers=num_workers,
-        worker_init_fn=_one_thread if num_workers else None,
+        worker_init_fn=quiet_worker if num_workers else None,
     )
     try:
         yield from loader
     except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
+        if not is_dead_worker(error):
             raise
         raise LlavaHDError(
             "a process that measured lengths died, perhaps out of memory; lower data.num_workers"
@@ -215,6 +221,15 @@ class _Indexed(Dataset):
             return UsageError(str(error))
 
 
-def _one_thread(worker: int) -> None:
-    """Each core has a process of its own."""
+def is_dead_worker(error: RuntimeError) -> bool:
+    """Whether torch's loader says that one of its processes is gone."""
+    return "exited unexpectedly" in str(error) or "killed by signal" in str(error)
+
+
+def quiet_worker(worker: int) -> None:
+    """What a loader process does first: one thread, since there are several of them beside the
+    model; and no ear for signals to all processes of a job (SLURM, a terminal): a run that is
+    asked to stop still wants its samples, and they end with their rank in any case."""
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -8,6 +8,7 @@ pack), so no collective waits for ever.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -28,11 +29,12 @@ from .dataset import Pass, read_passes, run_passes
 from .metrics import MetricsWriter, StepCounts, StepMetrics
 from .nonfinite import NonFiniteSteps
 from .optimizer import LearningRates
+from .output_lock import OutputLock
 from .prepare import CONFIG_FILE, Job
-from .recipe import config_yaml
+from .recipe import config_values, config_yaml
 from .stop import StopRequest
-from .together import StoppedByPeer, lost_peers, said_once
-from .watchdog import Watchdog, standing
+from .together import StoppedByPeer, lost_peers, on_main, said_once
+from .watchdog import Watchdog
 from .zero import Engine, World, all_sum, barrier, gather_objects
 
 
@@ -67,6 +69,7 @@ class Loop:
     world: World
     listener: Listener
     stop: StopRequest
+    lock: OutputLock
 
     def __post_init__(self) -> None:
         config, state = self.job.config, self.job.state
@@ -77,15 +80,16 @@ class Loop:
         )
         self.nonfinite = NonFiniteSteps(config, self.world, state.skipped_in_a_row)
         self.skipped = 0
+        self.log_failed = False
 
     def run(self) -> None:
         """All steps that are left. Raises Interrupted where a signal has asked to stop."""
         first, num_steps = self.job.state.step, self.job.state.num_steps
-        with Watchdog(self.world, self.job.config.timeout_minutes) as self.watchdog:
+        self.watchdog = Watchdog(self.world, self.job.config.timeout_minutes)
+        with self.watchdog, lost_peers(self.world, lambda: self.watchdog.where):
             # Before anything is written: a fault in the first step leaves no folder behind.
             data = self._read(first)
             with self._open_output() as writer:
-                barrier()
                 self.listener.start(first, num_steps)
                 for step in range(first, num_steps):
                     began = time.monotonic()  # waiting for samples counts, saving does not
@@ -97,7 +101,7 @@ class Loop:
                     self.listener.step(metrics)
                     is_last = step + 1 == num_steps
                     if writer and (metrics.step % self.job.config.logging_steps == 0 or is_last):
-                        writer.write(metrics)
+                        self._log(writer, metrics)
                     every = self.job.config.save_steps
                     if every and metrics.step % every == 0 and not is_last:
                         self._save_or_warn(metrics.step)
@@ -106,22 +110,23 @@ class Loop:
         """Forward and backward of this rank's passes, and the update that all ranks make."""
         config, world, engine = self.job.config, self.world, self.engine
         # Random numbers, if a model uses any, depend on step and rank alone, as in a resumed run.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + world.rank)
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + world.rank) % 2**63)
         lr = self.rates.set(step, self.job.state.num_steps)
+        if not data.counts.loss_units:
+            self.skipped += 1
+            self.listener.say(f"step {step + 1} was left out: none of its samples can be used")
+            return self._metrics(step, math.nan, math.nan, lr, data.counts, began)
         losses: list[torch.Tensor] = []
         for number, batch in enumerate(data.batches, start=1):
             self.watchdog.at(step, "in a pass", batch)
-            with lost_peers(world, step, standing(batch)):
-                output = engine(batch.to(world.device, non_blocking=True))
-                engine.set_gradient_accumulation_boundary(number == len(data.batches))
-                # DeepSpeed averages over ranks; undone here, for a mean over all ranks' labels.
-                share = world.size / max(1, data.counts.loss_units)
-                engine.backward(output.loss_sum * share, scale_wrt_gas=False)
-                losses.append(output.loss_sum.detach().double())
-                engine.step()
-        with lost_peers(world, step, "after its passes"):
-            summed = float(all_sum(torch.stack(losses).sum()))
-        loss = summed / max(1, data.counts.loss_units)
+            output = engine(batch.to(world.device, non_blocking=True))
+            engine.set_gradient_accumulation_boundary(number == len(data.batches))
+            # DeepSpeed averages over ranks; undone here, for a mean over all ranks' labels.
+            share = world.size / data.counts.loss_units
+            engine.backward(output.loss_sum * share, scale_wrt_gas=False)
+            losses.append(output.loss_sum.detach().double())
+            engine.step()
+        loss = float(all_sum(torch.stack(losses).sum())) / data.counts.loss_units
         locals_ = [float(value) for value in losses]
         with said_once(world):
             skipped = self.nonfinite.judge(step, loss, locals_, data.batches, engine)
@@ -131,17 +136,19 @@ class Loop:
                 f"step {step + 1} was skipped: its loss or gradient is not finite "
                 f"({self.nonfinite.path})"
             )
-        return self._metrics(step, loss, lr, data.counts, time.monotonic() - began)
+        norm = float(engine.get_global_grad_norm())
+        return self._metrics(step, loss, norm, lr, data.counts, began)
 
     def _metrics(
-        self, step: int, loss: float, lr: float, counts: StepCounts, seconds: float
+        self, step: int, loss: float, norm: float, lr: float, counts: StepCounts, began: float
     ) -> StepMetrics:
+        seconds = time.monotonic() - began
         return StepMetrics(
             step=step + 1,
             epoch=self.order.epoch(step + 1),
             loss=loss,
             lr=lr,
-            grad_norm=float(self.engine.get_global_grad_norm()),
+            grad_norm=norm,
             samples=counts.samples,
             tokens=counts.tokens,
             label_tokens=counts.label_tokens,
@@ -170,10 +177,9 @@ class Loop:
         bad = tuple(sample for one in read for sample in one.bad)
         flags = [fault is not None, self.stop.signal is not None, len(bad)]
         numbers = torch.tensor([*counts.values(), *flags], dtype=torch.float64)
-        with lost_peers(self.world, step, "reading its samples"):
-            *summed, faults, stops, bad_ones = all_sum(numbers.to(self.world.device)).tolist()
-            if bad_ones:
-                bad = tuple(sample for each in gather_objects(bad) for sample in each)
+        *summed, faults, stops, bad_ones = all_sum(numbers.to(self.world.device)).tolist()
+        if bad_ones:
+            bad = tuple(sample for each in gather_objects(bad) for sample in each)
         if fault is not None:
             raise fault
         if faults:
@@ -195,18 +201,31 @@ class Loop:
                 f"at most {self.bad_samples.allowed} so far; {done}: {one.reason}"
             )
 
+    def _log(self, writer: MetricsWriter, metrics: StepMetrics) -> None:
+        """A run outlives a full disk; what could not be logged is missing in the metrics."""
+        try:
+            writer.write(metrics)
+            self.log_failed = False
+        except OSError as error:
+            if not self.log_failed:
+                self.listener.say(f"WARNING: metrics cannot be written ({error}); training goes on")
+            self.log_failed = True
+
     def state(self, step: int) -> TrainerState:
         """Where the run stands after `step` steps."""
-        return replace(self.job.state, step=step, skipped_in_a_row=self.nonfinite.in_a_row)
+        return replace(
+            self.job.state,
+            step=step,
+            world_size=self.world.size,
+            config=config_values(self.job.config),
+            skipped_in_a_row=self.nonfinite.in_a_row,
+        )
 
     def _save(self, step: int) -> Path:
         """Write a checkpoint and drop the oldest; a collective. Raises SaveFailed."""
         self.watchdog.at(step - 1, "saving")
         state = self.state(step)
-        with lost_peers(self.world, step - 1, "saving"):
-            folder = save_checkpoint(
-                self.engine, self.processor, state, self.output_dir, self.world
-            )
+        folder = save_checkpoint(self.engine, self.processor, state, self.output_dir, self.world)
         try:
             drop_oldest(self.output_dir, self.job.config.save_total_limit, self.world)
         except OSError as error:
@@ -247,11 +266,17 @@ class Loop:
         return read_passes(passes, sampler, config.data.num_workers, pin_memory)
 
     def _open_output(self) -> MetricsWriter | nullcontext[None]:
-        """Create the output folder with the resolved configuration and the metrics files."""
-        if not self.world.is_main:
-            return nullcontext()
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        text = config_yaml(self.job.config)
-        (self.output_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
-        self.bad_samples.open()
-        return MetricsWriter(self.output_dir, self.job.state.step)
+        """Create the output folder with the resolved configuration and the metrics files (rank 0).
+        A collective: what fails there stops all."""
+        first_step = self.job.state.step
+
+        def create() -> None:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+            text = config_yaml(self.job.config)
+            (self.output_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+            self.bad_samples.open()
+            self.nonfinite.open(first_step)
+
+        on_main(self.world, create)
+        return MetricsWriter(self.output_dir, first_step) if self.world.is_main else nullcontext()

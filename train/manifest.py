@@ -19,7 +19,8 @@ from pathlib import Path
 from ..hd.errors import DataError
 
 MANIFEST_FILE = "MANIFEST.json"
-QUARANTINE = "quarantine"
+QUARANTINE, OPTIMIZER = "quarantine", "optimizer"
+LOADED = frozenset({".safetensors", ".bin", ".pt", ".json", ".model", ".jinja", ".txt"})
 BLOCK_BYTES = 1 << 22
 THREADS = 4  # hashing lets the interpreter go
 
@@ -94,7 +95,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint; DataError says what is wrong with it."""
+    """The manifest of a checkpoint; DataError says what is wrong with it. Raises OSError where the
+    folder cannot be read: that says nothing about the checkpoint."""
+    folder.stat()
     path = folder / MANIFEST_FILE
     try:
         text = path.read_text(encoding="utf-8")
@@ -105,8 +108,6 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(files=files, **values)
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error})") from error
     if manifest.text() != text:
@@ -117,39 +118,47 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def quick_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint as far as names and sizes tell; None if nothing is."""
+    """What is wrong with a checkpoint as far as names and sizes tell; None if nothing is.
+
+    A file too many is a fault where a loader could take it for its own; others, such as what a
+    network file system leaves behind, are not looked at. Raises OSError as `read_manifest`.
+    """
     try:
         manifest = read_manifest(folder)
-        present = files_below(folder)
-        for name in sorted({*present, *manifest.files}):
-            if name not in manifest.files:
+    except DataError as error:
+        return str(error)
+    present = files_below(folder)
+    for name in sorted({*present, *manifest.files}):
+        if name not in manifest.files:
+            if _may_be_loaded(name):
                 return f"{folder / name} does not belong there"
-            if name not in present:
-                return f"{folder / name} is missing"
+        elif name not in present:
+            return f"{folder / name} is missing"
+        else:
             size, due = (folder / name).stat().st_size, manifest.files[name].bytes
             if size != due:
                 return f"{folder / name} has {size:,} bytes, not {due:,}"
-    except DataError as error:
-        return str(error)
-    except OSError as error:
-        return f"{folder} cannot be read ({error.strerror})"
     return None
+
+
+def _may_be_loaded(name: str) -> bool:
+    path = Path(name)
+    in_place = len(path.parts) == 1 or path.parts[0] == OPTIMIZER
+    return in_place and not path.name.startswith(".") and path.suffix in LOADED
 
 
 def fault_in(folder: Path, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with a checkpoint, every byte read; None if nothing is.
 
-    share of shares: which part of the files is read here, so that ranks divide the work.
+    share of shares: which part of the files is read here, so that ranks divide the work. Raises
+    OSError where the disk does not let it be read.
     """
     fault = quick_fault(folder)
     if fault is not None:
         return fault
     due = read_manifest(folder).files
     mine = _shares(due, shares)[share]
-    try:
-        found = entries_of(folder, mine)
-    except OSError as error:
-        return f"{folder} cannot be read ({error.strerror})"
+    found = entries_of(folder, mine)
     wrong = [name for name in mine if found[name] != due[name]]
     return f"{folder / wrong[0]} is damaged (its hash differs)" if wrong else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..model.packing import PackedBatch
 from .config import BOARD_FOLDER, METRICS_FILE
+from .journal import append_journal, cut_journal, read_journal
 
 
 @dataclass(frozen=True)
@@ -101,23 +102,19 @@ class MetricsWriter:
     def __init__(self, output_dir: Path, first_step: int) -> None:
         """Lines behind `first_step` belong to a run that was cut off there; they are dropped."""
         self.path = output_dir / METRICS_FILE
-        kept = [line for line in _lines(self.path) if line["step"] <= first_step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        self.path.write_text(text, encoding="utf-8")
-        self.file = self.path.open("a", encoding="utf-8")
+        cut_journal(self.path, first_step)
+        self.path.touch()
         self.board = SummaryWriter(str(output_dir / BOARD_FOLDER), purge_step=first_step + 1)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Log one step."""
-        values = asdict(metrics)
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        """Log one step; what is not finite becomes null. Raises OSError with the file's name."""
+        values = {k: v if _is_number(v) else None for k, v in asdict(metrics).items()}
         for name, value in values.items():
             if name != "step" and value is not None:
                 self.board.add_scalar(f"train/{name}", value, metrics.step)
+        append_journal(self.path, [values], sync=False)
 
     def close(self) -> None:
-        self.file.close()
         self.board.close()
 
     def __enter__(self) -> MetricsWriter:
@@ -127,21 +124,23 @@ class MetricsWriter:
         self.close()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last one cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def read_metrics(output_dir: Path) -> list[StepMetrics]:
-    """The logged steps of a run, in order."""
-    return [StepMetrics(**line) for line in _lines(output_dir / METRICS_FILE)]
+    """The logged steps of a run, in order; a null loss or norm was not finite."""
+    found = read_journal(output_dir / METRICS_FILE)
+    return [StepMetrics(**{**line, **_not_finite(line)}) for line in found]
+
+
+def _not_finite(line: dict[str, Any]) -> dict[str, float]:
+    return {name: math.nan for name in ("loss", "grad_norm") if line[name] is None}
 
 
 def draw_loss_curve(metrics: list[StepMetrics], path: Path, title: str) -> None:
     """A PNG: the loss of each logged step, its running mean, and the learning rate below."""
+    metrics = [entry for entry in metrics if math.isfinite(entry.loss)]
     steps = [entry.step for entry in metrics]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

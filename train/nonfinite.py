@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..hd.errors import LlavaHDError
 from ..model.packing import PackedBatch
 from .config import NONFINITE_FILE, TrainConfig
+from .journal import append_journal, cut_journal
 from .zero import Engine, World, gather_objects
 
 
@@ -22,6 +21,10 @@ class NonFiniteSteps:
         self.config = config
         self.world = world
         self.in_a_row = in_a_row
+
+    def open(self, first_step: int) -> None:
+        """Drop the lines of steps that will be taken again (rank 0)."""
+        cut_journal(self.path, first_step)
 
     def judge(
         self,
@@ -75,7 +78,4 @@ class NonFiniteSteps:
                 for losses, passes in everyone
             ],
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_journal(self.path, [line])

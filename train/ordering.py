@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..hd.errors import DataError
 from ..model.processor import Processor
+from .bad_samples import allowed_bad
 from .batches import BatchOrder
 from .config import TrainConfig
 from .lengths import LengthReader, Lengths, token_lengths
 from .packs import default_pack_tokens
 from .sources import RecordSet
 from .workers import Done, num_cores
+
+if TYPE_CHECKING:
+    from .prepare import Job
 
 NEED_LENGTHS = ("packs", "modality")
 
@@ -23,21 +29,28 @@ def run_order(
     config: TrainConfig,
     records: RecordSet,
     samples_per_step: int,
-    lengths: np.ndarray | None = None,
+    measured: Lengths | None = None,
 ) -> BatchOrder:
-    """The order of a run. lengths: int `[records]`, tokens; without them the order tells how many
-    steps there are, but not how packs and batches by modality are made up."""
-    batching = config.data.batching
-    pack_tokens = None
-    if batching in NEED_LENGTHS and lengths is None:
-        lengths = np.zeros(len(records), dtype=np.int32)
+    """The order of a run. Without measured lengths it tells how many steps there are, but not how
+    packs and batches by modality are made up.
+
+    By modality, a sample counts as what is left of it: one whose image is known to be bad has none
+    (or, where bad ones are skipped, is in no batch).
+    """
+    batching, lengths = config.data.batching, None
+    pack_tokens = has_image = usable = None
+    if batching in NEED_LENGTHS:
+        lengths = np.zeros(len(records), dtype=np.int32) if measured is None else measured.total
         pack_tokens = 1
-    elif batching == "packs" and lengths is not None:
+    if batching == "packs" and measured is not None:
         pack_tokens = config.data.pack_tokens or default_pack_tokens(
-            lengths, config.per_device_batch_size, samples_per_step
+            measured.total, config.per_device_batch_size, samples_per_step
         )
-    has_image = None
-    if batching == "modality":
+    if batching == "modality" and measured is not None:
+        has_image, usable = measured.visual > 0, np.ones(len(records), dtype=bool)
+        for index in measured.faults:
+            usable[index] = config.data.bad_samples == "text_only" and measured.total[index] > 0
+    elif batching == "modality":
         has_image = np.array([records.has_image(i) for i in range(len(records))])
     return BatchOrder(
         num_samples=len(records),
@@ -46,6 +59,7 @@ def run_order(
         seed=config.seed,
         batching=batching,
         has_image=has_image,
+        usable=usable,
         lengths=lengths if batching in NEED_LENGTHS else None,
         pack_tokens=pack_tokens,
     )
@@ -61,7 +75,32 @@ def run_lengths(
     )
     source = f"{records.digest()} {Path(config.data.images).resolve()}"
     workers = num_cores() if len(records) > FEW else 0
-    return token_lengths(reader, source, cache_folder(), workers, told_in_tenths(say))
+    return token_lengths(reader, source, cache_folder(), workers, told_in_tenths(say), say)
+
+
+def checked_lengths(job: Job, processor: Processor, say: Callable[[str], None]) -> Lengths:
+    """The tokens of every record. What cannot be trained on is known before the first step:
+    DataError where `data.bad_samples` or its limit do not allow it."""
+    found = run_lengths(job.config, job.records, processor, say)
+    check_faults(job.config, list(found.faults.values()), len(job.records), say)
+    return found
+
+
+def check_faults(
+    config: TrainConfig, faults: Sequence[str], count: int, say: Callable[[str], None]
+) -> None:
+    """Raise DataError where so many faults in `count` samples are not allowed."""
+    if not faults:
+        return
+    if config.data.bad_samples == "error":
+        raise DataError(f"{faults[0]} ({len(faults)} of {count} samples are bad)")
+    allowed = allowed_bad(config.data.bad_sample_limit, count)
+    if len(faults) > allowed:
+        raise DataError(
+            f"{len(faults)} of {count} samples are bad, {allowed} are allowed "
+            f"(data.bad_sample_limit); the first: {faults[0]}; run llava-hd data check"
+        )
+    say(f"{len(faults)} of {count} samples are bad, such as {faults[0]}")
 
 
 FEW = 2_000  # records that are counted sooner than processes start

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..hd.errors import UsageError
@@ -83,18 +84,19 @@ def _state(
     """Where the run begins: at the start, or where its checkpoint was written. The samples of a
     step stay those that it began with, even if the number of ranks changes."""
     before = None if checkpoint is None else read_state(checkpoint)
-    samples_per_step = before.samples_per_step if before else config.samples_per_step(world_size)
-    order = run_order(config, records, samples_per_step)
     fresh = TrainerState(
         step=0,
-        num_steps=config.max_steps or order.num_steps(config.epochs),
+        num_steps=0,
         num_samples=len(records),
         data_digest=records.digest(),
-        samples_per_step=samples_per_step,
+        samples_per_step=before.samples_per_step if before else config.samples_per_step(world_size),
         world_size=world_size,
         config=config_values(config),
     )
-    return fresh if checkpoint is None else check_resumable(checkpoint, fresh)
+    if checkpoint is not None:
+        return check_resumable(checkpoint, fresh)
+    order = run_order(config, records, fresh.samples_per_step)
+    return replace(fresh, num_steps=config.max_steps or order.num_steps(config.epochs))
 
 
 def check_model_source(source: ModelSource) -> None:
@@ -131,6 +133,8 @@ def _check_output_dir(config: TrainConfig) -> None:
     if not nearest.is_dir():
         of = "" if nearest == folder else f" (in {folder})"
         raise UsageError(f"output_dir {nearest}{of} is a file; give a new folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir {folder}: {nearest} cannot be written; give another folder")
     if is_fresh(folder):
         return
     if config.resume == "none":

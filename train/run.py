@@ -9,20 +9,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from .zero import World, barrier, gather_objects, join_world, start_engine
+from .zero import World, join_world, start_engine
 
 # isort: split
 # (zero.py comes first: it tells DeepSpeed the accelerator before transformers starts it.)
-from ..hd.errors import DataError, LlavaHDError
 from ..model.assemble import assemble
 from ..model.llava_hd import LlavaHD
 from ..model.processor import Processor
-from .bad_samples import allowed_bad
 from .batches import BatchOrder
-from .checkpoint import check_whole, load_optimizer, newest_whole, save_model_folder
+from .checkpoint import (
+    check_whole,
+    load_optimizer,
+    newest_whole,
+    put_later_aside,
+    save_model_folder,
+)
 from .checkpoint_state import read_state, write_state
 from .config import TrainConfig, part_folder
 from .loop import Listener, Loop
@@ -30,10 +33,11 @@ from .lora import start_adapter
 from .manifest import MANIFEST_FILE
 from .metrics import StepMetrics, draw_loss_curve, read_metrics
 from .optimizer import LearningRates, build_optimizer, freeze, trained_words
-from .ordering import NEED_LENGTHS, run_lengths, run_order
-from .prepare import CONFIG_FILE, Job, is_finished, prepare
+from .ordering import NEED_LENGTHS, checked_lengths, run_order
+from .output_lock import OutputLock
+from .prepare import Job, is_finished, prepare
 from .stop import StopRequest
-from .together import said_once
+from .together import lost_peers, on_all, on_main, said_once
 
 LOSS_CURVE = "loss_curve.png"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,12 +58,22 @@ class Silence:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left: its folder, its steps (with those done before a resumption), last loss."""
+    """What a run left: its folder, its steps (with those done before a resumption), last loss.
+
+    tokens_per_second: useful ones, of the logged steps. padding: share of all computed tokens.
+    pack_fill: of packs, on average; None for other batches. skipped: steps that left the weights as
+    they were since this start; bad_samples: left out or kept as text in the whole run.
+    """
 
     output_dir: Path
     num_steps: int
     last_loss: float
     seconds: float
+    tokens_per_second: float
+    padding: float
+    pack_fill: float | None
+    skipped: int = 0
+    bad_samples: int = 0
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> TrainResult:
@@ -71,25 +85,28 @@ def train(config: TrainConfig, listener: Listener | None = None) -> TrainResult:
     start = time.monotonic()
     world = join_world(config.timeout_minutes)
     listener = listener if listener is not None and world.is_main else Silence()
-    with StopRequest(announce=world.is_main) as stop:
-        with said_once(world):
-            checkpoint = _checkpoint(config, world, listener)
-            job = prepare(config, world.size, checkpoint)
-        barrier()
-        if job.state.is_finished:
-            listener.say(
-                f"{job.checkpoint} is finished after {job.state.step} steps; nothing to do"
-            )
-            return _result(job, start)
-        loop = start_loop(job, world, listener, stop)
+    lock = OutputLock(Path(config.output_dir), listener.say)
+    with StopRequest(announce=world.is_main) as stop, lost_peers(world, lambda: "between steps"):
         try:
-            with deterministic(config.deterministic):
-                loop.run()
-            finish(loop)
+            on_main(world, lock.take)
+            checkpoint = _checkpoint(config, world, listener)
+            job = on_all(world, lambda: prepare(config, world.size, checkpoint))
+            if job.state.is_finished:
+                listener.say(
+                    f"{checkpoint} is finished after {job.state.step} steps; nothing to do"
+                )
+                return _result(job, start)
+            loop = start_loop(job, world, listener, stop, lock)
+            try:
+                with deterministic(config.deterministic):
+                    loop.run()
+                finish(loop)
+            finally:
+                loop.engine.destroy()
         finally:
-            loop.engine.destroy()
+            lock.release()
     listener.say(f"wrote {config.output_dir}")
-    return _result(job, start)
+    return _result(job, start, loop)
 
 
 def _checkpoint(config: TrainConfig, world: World, listener: Listener) -> Path | None:
@@ -100,32 +117,37 @@ def _checkpoint(config: TrainConfig, world: World, listener: Listener) -> Path |
     output_dir = Path(config.output_dir)
     if config.resume == "none":
         return None
-    if config.resume != "auto":
-        return _named_checkpoint(Path(config.resume), world)
-    if gather_objects(is_finished(output_dir))[0]:
-        return output_dir
-    found = newest_whole(output_dir, world, listener.say)
-    if found is None and (output_dir / CONFIG_FILE).exists():
-        listener.say(f"{output_dir} holds no whole checkpoint: beginning at the start")
+    if config.resume == "auto":
+        if on_main(world, lambda: is_finished(output_dir)):
+            return output_dir
+        return newest_whole(output_dir, world, listener.say)
+    found = _named_checkpoint(Path(config.resume), world)
+    step = on_main(world, lambda: read_state(found).step)
+    put_later_aside(output_dir, step, world, listener.say)
     return found
 
 
 def _named_checkpoint(folder: Path, world: World) -> Path:
     """The folder that the user named, if it is a whole checkpoint or a finished run."""
-    if not (folder / MANIFEST_FILE).exists():
-        read_state(folder)  # UsageError where this is no checkpoint at all
-    if not is_finished(folder):
+
+    def finished() -> bool:
+        if not (folder / MANIFEST_FILE).exists():
+            read_state(folder)  # UsageError where this is no checkpoint at all
+        return is_finished(folder)
+
+    if not on_main(world, finished):
         check_whole(folder, world)
     return folder
 
 
-def start_loop(job: Job, world: World, listener: Listener, stop: StopRequest) -> Loop:
+def start_loop(
+    job: Job, world: World, listener: Listener, stop: StopRequest, lock: OutputLock
+) -> Loop:
     """Everything that the steps need: the model, sharded, where the run begins or goes on."""
     config = job.config
     listener.say(f"{job.data_words}; loading the model")
-    with said_once(world):
-        model, processor = build_model(config, job.checkpoint)
-        order = _order(job, processor, world, listener)
+    model, processor = on_all(world, lambda: build_model(config, job.checkpoint))
+    order = _order(job, processor, world, listener)
     freeze(model, config.stage, config.train_vision, config.vision_layers)
     listener.say(trained_words(model))
     if config.gradient_checkpointing:
@@ -138,43 +160,15 @@ def start_loop(job: Job, world: World, listener: Listener, stop: StopRequest) ->
         of = job.state.world_size
         ranks = "" if of == world.size else f" (written by {of} ranks, now there are {world.size})"
         listener.say(f"going on from {job.checkpoint}, step {job.state.step}{ranks}")
-    return Loop(job, order, engine, rates, processor, world, listener, stop)
+    return Loop(job, order, engine, rates, processor, world, listener, stop, lock)
 
 
 def _order(job: Job, processor: Processor, world: World, listener: Listener) -> BatchOrder:
     """The data order. Where it needs lengths, rank 0 counts them and tells the other ranks."""
     lengths = None
     if job.config.data.batching in NEED_LENGTHS:
-        counted: np.ndarray | LlavaHDError | None = None
-        if world.is_main:
-            try:
-                counted = checked_lengths(job, processor, listener)
-            except LlavaHDError as error:
-                counted = error  # all ranks stop by it
-        told = gather_objects(counted)[0]
-        if isinstance(told, LlavaHDError):
-            raise told
-        lengths = told
+        lengths = on_main(world, lambda: checked_lengths(job, processor, listener.say))
     return run_order(job.config, job.records, job.state.samples_per_step, lengths)
-
-
-def checked_lengths(job: Job, processor: Processor, listener: Listener) -> np.ndarray:
-    """The tokens of every record, int32 `[records]`. What cannot be trained on is known before the
-    first step: DataError where `data.bad_samples` or its limit do not allow it."""
-    data, count = job.config.data, len(job.records)
-    found = run_lengths(job.config, job.records, processor, listener.say)
-    if found.faults:
-        first = next(iter(found.faults.values()))
-        if data.bad_samples == "error":
-            raise DataError(f"{first} ({len(found.faults)} of {count} samples are bad)")
-        allowed = allowed_bad(data.bad_sample_limit, count)
-        if len(found.faults) > allowed:
-            raise DataError(
-                f"{len(found.faults)} of {count} samples are bad, {allowed} are allowed "
-                f"(data.bad_sample_limit); the first: {first}; run llava-hd data check"
-            )
-        listener.say(f"{len(found.faults)} of {count} samples are bad, such as {first}")
-    return found.total
 
 
 def build_model(config: TrainConfig, checkpoint: Path | None) -> tuple[LlavaHD, Processor]:
@@ -224,19 +218,29 @@ def finish(loop: Loop) -> None:
     folder, job = loop.output_dir, loop.job
     with said_once(loop.world):
         save_model_folder(loop.engine, loop.processor, folder, loop.world)
-    if loop.world.is_main:
+
+    def end() -> None:
         title = f"{job.config.stage}: {folder.name}"
         draw_loss_curve(read_metrics(folder), folder / LOSS_CURVE, title)
-        write_state(folder, replace(job.state, step=job.state.num_steps))
-    barrier()
+        write_state(folder, loop.state(job.state.num_steps))
+
+    on_main(loop.world, end)
 
 
-def _result(job: Job, start: float) -> TrainResult:
+def _result(job: Job, start: float, loop: Loop | None = None) -> TrainResult:
     folder = Path(job.config.output_dir)
     metrics = read_metrics(folder)
+    tokens, seconds = sum(m.tokens for m in metrics), sum(m.seconds for m in metrics)
+    computed = sum(m.tokens / (1 - m.padding) for m in metrics if m.padding < 1)
+    fills = [m.pack_fill for m in metrics if m.pack_fill is not None]
     return TrainResult(
         output_dir=folder,
         num_steps=job.state.num_steps,
         last_loss=metrics[-1].loss if metrics else math.nan,
         seconds=time.monotonic() - start,
+        tokens_per_second=tokens / seconds if seconds else 0.0,
+        padding=1 - tokens / computed if computed else 0.0,
+        pack_fill=sum(fills) / len(fills) if fills else None,
+        skipped=loop.skipped if loop else 0,
+        bad_samples=len(loop.bad_samples.seen) if loop else 0,
     )

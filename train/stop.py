@@ -44,7 +44,7 @@ class StopRequest:
         if self.signal is None:
             self.signal = signal.Signals(number)
             if self.announce:
-                text = "this step is finished and saved; once more ends at once"
+                text = "the step is finished and saved first; once more ends at once"
                 os.write(2, f"llava-hd: {self.signal.name}: {text}\n".encode())
             return
         self._restore()

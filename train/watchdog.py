@@ -25,21 +25,21 @@ class Watchdog:
     def __init__(self, world: World, minutes: float) -> None:
         self.rank = world.rank
         self.minutes = minutes
-        self._where = "before the first step"
+        self.where = "before the first step"
         self._due = time.monotonic() + 60 * minutes
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, step: int, doing: str, batch: PackedBatch | None = None) -> None:
         """The rank begins something in step `step` (from 0): reading, a pass, an update, a save."""
-        self._where = f"step {step + 1}, {doing}" + ("" if batch is None else f" {standing(batch)}")
+        self.where = f"step {step + 1}, {doing}" + ("" if batch is None else f" {standing(batch)}")
         self._due = time.monotonic() + 60 * self.minutes
 
     def _watch(self) -> None:
         while not self._done.wait(max(0.05, min(1.0, self._due - time.monotonic()))):
             if time.monotonic() >= self._due:
                 print(
-                    f"llava-hd: error: rank {self.rank}, {self._where}: stood still for "
+                    f"llava-hd: error: rank {self.rank}, {self.where}: stood still for "
                     f"{self.minutes:g} minutes (another rank hangs, or timeout_minutes is too "
                     "short); where it stood follows; go on with --resume auto",
                     file=sys.stderr,
