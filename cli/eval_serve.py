@@ -45,10 +45,10 @@ def build_parser(command: str) -> Parser:
     add("--dtype", type=str, default="auto", help="auto, float32, bfloat16, float16")
     add("--max-new-tokens", type=int, default=1024, help="longest answer, whatever is asked for")
     add("--max-images", type=int, default=8, help="images in a request")
-    add("--max-pixels", type=int, default=40_000_000, help="pixels of an image")
+    add("--max-pixels", type=int, default=40_000_000, help="pixels of a request's images, together")
     add("--max-body-mb", type=int, default=32, help="size of a request")
     add("--parallel", type=int, default=1, help="answers made at a time")
-    add("--queue", type=int, default=16, help="requests that may wait; more get status 429")
+    add("--queue", type=int, default=64, help="requests that may wait; more get status 429")
     add("--seconds", type=float, default=300.0, help="time of a request, waiting included")
     return parser
 

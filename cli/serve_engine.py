@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anyio
 from anyio import to_thread
@@ -66,6 +66,7 @@ class Engine:
             sample = chat_sample(self.processor, chat.turns, chat.images, chat.system)
         except SampleError as error:
             raise RequestRefused(str(error), "messages") from None
+        chat = replace(chat, images=())  # cut already; waiting requests do not hold their pixels
         limit, length = context_length(self.model), len(sample.ids)
         if limit is None:
             return Prepared(chat, sample, chat.max_new_tokens, deadline)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..hd.image import ImageError, ImageLimits, load_image
+from ..hd.image import ImageError, ImageLimits, image_size, load_image
 from ..model.prompt import IMAGE_TAG, Turn
 from ..model.stream import Sampling
 from ..train.record_images import has_lone_surrogate
@@ -41,6 +41,7 @@ ROLES = {"user": "human", "assistant": "gpt"}
 class ServeLimits:
     """What a request may ask for, and how many at a time.
 
+    max_pixels: of all images of a request together.
     max_new_tokens: an answer ends there whatever the request says. parallel: answers made at a
     time; queue: requests that may wait for them. seconds: of one request, waiting included.
     """
@@ -53,7 +54,7 @@ class ServeLimits:
     max_stops: int = 16
     max_new_tokens: int = 1024
     parallel: int = 1
-    queue: int = 16
+    queue: int = 64
     seconds: float = 300.0
 
 
@@ -162,7 +163,13 @@ def _messages(
     if len(urls) > limits.max_images:
         message = f"{len(urls)} images, above the limit of {limits.max_images}"
         raise RequestRefused(message, "messages", code="too_many_images")
-    return tuple(turns), tuple(_image(url, where, limits) for where, url in urls), system
+    images: list[Image] = []
+    left = limits.max_pixels
+    for where, url in urls:
+        images.append(_image(url, where, limits.max_body_bytes, left))
+        height, width = image_size(images[-1])
+        left -= height * width
+    return tuple(turns), tuple(images), system
 
 
 def _check_order(turns: list[Turn]) -> None:
@@ -219,14 +226,13 @@ def _url(value: Any, where: str) -> str:
     return url
 
 
-def _image(url: str, where: str, limits: ServeLimits) -> Image:
+def _image(url: str, where: str, max_bytes: int, max_pixels: int) -> Image:
     try:
         data = base64.b64decode(url.partition(",")[2], validate=True)
     except (binascii.Error, ValueError):
         raise RequestRefused(f"{where}: not base64", where, code="invalid_image") from None
     try:
-        pixels = ImageLimits(max_bytes=limits.max_body_bytes, max_pixels=limits.max_pixels)
-        return load_image(data, pixels)
+        return load_image(data, ImageLimits(max_bytes=max_bytes, max_pixels=max_pixels))
     except ImageError as error:
         raise RequestRefused(f"{where}: {error.reason}", where, code="invalid_image") from None
 
