@@ -13,6 +13,10 @@ TRITON = 'triton>=3.6; platform_system == "Linux"'
 BITSANDBYTES = "bitsandbytes>=0.49"  # linears in 4 or 8 bits (QLoRA)
 PYARROW = "pyarrow>=19"  # Parquet files of records
 OPENAI = "openai>=3"  # `llava-hd data generate` alone
+SERVE = ["starlette>=0.46", "uvicorn>=0.40"]  # `llava-hd eval serve`
+# What lmms-eval's evaluator imports. It asks for fifty packages more (video, torchvision, wandb),
+# so the suite installs it alone, with these (Makefile).
+HARNESS = ["datasets", "evaluate", "loguru", "pytz", "requests", "sacrebleu", "tenacity"]
 FOLDERS = ["hd", "kernels", "model", "train", "bench", "cli"]
 
 setup(
@@ -56,8 +60,11 @@ setup(
         "data": [OPENAI, PYARROW],
         "qlora": [BITSANDBYTES],
         "web": ["gradio"],
-        "eval": ["lmms-eval"],
+        "eval": ["lmms-eval>=0.7"],
+        "serve": SERVE,
         "dev": [
+            *HARNESS,
+            *SERVE,
             BITSANDBYTES,
             "hypothesis",
             "mypy",
@@ -72,5 +79,8 @@ setup(
             "webdataset",
         ],
     },
-    entry_points={"console_scripts": ["llava-hd = llava_hd.cli.main:console"]},
+    entry_points={
+        "console_scripts": ["llava-hd = llava_hd.cli.main:console"],
+        "lmms_eval.models": ["llava_hd = llava_hd.bench.lmms_manifest:manifest"],
+    },
 )

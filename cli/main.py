@@ -28,6 +28,11 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("estimate",): ("estimate", "memory, time and price of a training run, before it runs"),
     ("merge-lora",): ("merge_lora", "make a LoRA adapter and its base one whole model, checked"),
     ("eval", "pope"): ("eval_pope", "answer and score POPE, or score existing answers"),
+    ("eval", "pack"): (
+        "eval_pack",
+        "make an offline task pack for lmms-eval of a benchmark's files",
+    ),
+    ("eval", "serve"): ("eval_serve", "answer OpenAI's chat completions, with images, on a port"),
     ("compare",): ("compare", "compare the POPE answers of two models with paired tests"),
     ("data", "mix"): ("data_mix", "build the instruction mixture from public annotation files"),
     ("data", "check"): ("data_check", "read all records and images, report what is bad"),

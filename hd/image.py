@@ -207,6 +207,11 @@ def _check_header(image: Image.Image, name: str, limits: ImageLimits) -> None:
         raise ImageError(name, reason, "crop it or raise max_aspect")
 
 
+def is_image(value: object) -> bool:
+    """Whether a value is an image in memory, for callers that take what others made."""
+    return isinstance(value, Image.Image)
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
     """An image already in memory as `load_image` would give it, but for its size limits."""
     return image if image.mode == "RGB" else _rgb(image, "image in memory")

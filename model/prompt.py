@@ -12,7 +12,7 @@ apart; `_ids_after` cuts that context off again and checks that it could.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..hd.errors import DataError, UsageError
@@ -125,12 +125,18 @@ def encode_question(
     image_tokens: Sequence[int],
     template: str,
     image_token_id: int,
+    system: str | None = None,
 ) -> list[int]:
-    """Ids of a prompt that waits for the answer to its last (human) turn. Raises SampleError."""
+    """Ids of a prompt that waits for the answer to its last (human) turn. Raises SampleError.
+
+    system: stands in place of the template's own system text, a space behind it.
+    """
     _check_roles(turns)
     if len(turns) % 2 == 0:
         raise SampleError(f"{len(turns)} turns; a question ends with a turn from human")
     chosen = get_template(template)
+    if system is not None:
+        chosen = replace(chosen, system=f"{system} " if system else "")
     pieces = _Pieces(tokenizer, image_token_id)
     _write_turns(pieces, turns, list(image_tokens), chosen)
     return pieces.ids
