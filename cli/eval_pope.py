@@ -125,7 +125,7 @@ def _ask(args: Namespace) -> list[Answered]:
     labels_described = describe_files(labels, read_questions(labels)) if labels else []
     questions = first_questions(questions, args.limit)
     images = image_paths(questions, images_dir)
-    device, dtype = _device_and_dtype(args.device, args.dtype)
+    device, dtype = device_and_dtype(args.device, args.dtype)
     record = RunRecord(
         model=model,
         prompt=PROMPT if args.prompt is None else f"\n{args.prompt}" if args.prompt else "",
@@ -167,7 +167,7 @@ def _check_options(args: Namespace) -> None:
         raise UsageError(f"--dtype {args.dtype!r} is unknown; there is {', '.join(DTYPES)}")
 
 
-def _device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
+def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
     """Resolve "auto"; UsageError for a device that this machine does not have."""
     import torch
 
