@@ -16,12 +16,12 @@ from ..hd.errors import UsageError
 from .eval_pope import DTYPES, device_and_dtype
 from .parser import Parser
 
-DESCRIPTION = """Ask 6 and 18 questions about each image (POPE's in one split, and in all three): with the
-image's prefix read once for all of them, one by one, and with transformers' LlavaNext generate at
-batch 1 and in batches padded on the left. Same weights (random, or a llava_next folder), same
-images and questions, in turns. Prints questions per second, the ratios, and how many answers
-differ. Default sizes: on a CPU 4 layers of width 512 on one thread, on a GPU a random 7B model.
-pope.json and pope.csv go to bench/results/DEVICE/DATE or to --out."""
+DESCRIPTION = """Ask 6 and 18 questions about each image (POPE's in one split, and in all three):
+with the image's prefix read once for all of them, one by one, and with transformers' LlavaNext
+generate at batch 1 and in batches padded on the left. Same weights (random, or a llava_next
+folder), same images and questions, in turns. Prints questions per second, the ratios, and how many
+answers differ. Default sizes: on a CPU 4 layers of width 512 on one thread, on a GPU a random 7B
+model. pope.json and pope.csv go to bench/results/DEVICE/DATE or to --out."""
 EXAMPLES = (
     "--quick",
     "--questions 18 --rounds 5 --out runs/pope-speed",

@@ -53,7 +53,8 @@ def sharing_refusal(causal_lm: PreTrainedModel) -> str | None:
     layers = set(config.get("layer_types") or []) - {"full_attention"}
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if layers or window is not None:
-        return f"some of its layers do not see the whole prompt ({', '.join(layers) or 'window'})"
+        kinds = ", ".join(sorted(layers)) or f"sliding window of {window}"
+        return f"not all of its layers see the whole prompt ({kinds})"
     rotation = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if rotation not in FIXED_ROTATIONS:
         return f"its rotary frequencies depend on the length of the prompt ({rotation})"
@@ -75,6 +76,8 @@ def shared_length(samples: Sequence[Sample], image_token_id: int) -> int:
     ids = np.array([list(sample.ids[:most]) for sample in samples])
     differs = np.flatnonzero((ids != ids[0]).any(axis=0))
     length = int(differs[0]) if len(differs) else most
+    if length == 0:
+        raise ValueError("the prompts differ from their first token on")
     for sample in samples:
         if image_token_id in sample.ids[length:]:
             raise ValueError("the prompts differ before the end of the image")

@@ -200,6 +200,8 @@ def test_other_images_are_not_shared(pair) -> None:
     bent = Sample([1, 5, *same[1].ids[1:]], [-100] * (len(same[1].ids) + 1), *_seen(same[1]))
     with pytest.raises(ValueError, match="differ before the end of the image"):
         shared_length([same[0], bent], IMAGE_ID)
+    with pytest.raises(ValueError, match="differ from their first token on"):
+        shared_length([Sample([5, 6], [-100] * 2), Sample([7, 6], [-100] * 2)], IMAGE_ID)
 
 
 def _seen(sample: Sample) -> tuple:
@@ -215,7 +217,12 @@ def test_a_token_sees_the_prefix_and_its_own_question() -> None:
 @pytest.mark.parametrize(
     ("kind", "attention", "options", "words"),
     [
-        ("mistral", "sdpa", {"sliding_window": 4}, "do not see the whole prompt"),
+        (
+            "mistral",
+            "sdpa",
+            {"sliding_window": 4},
+            "layers see the whole prompt .sliding window of 4",
+        ),
         (
             "llama",
             "auto",
