@@ -3,8 +3,8 @@
 An output folder holds `run.json` (what was asked of which model), `answers.jsonl` (one line per
 answer, in the order they were given) and, once all questions are answered, `scores.json`.
 
-The questions of one image stand next to each other, through all splits: POPE asks 18 questions
-about each of 500 images, and an image that a batch shares is read, decoded and cut only once.
+The questions of one image stand in one batch, through all splits: POPE asks 18 questions about
+each of 500 images, and an image that a batch shares is read, cut, encoded and prefilled only once.
 """
 
 from __future__ import annotations
@@ -86,12 +86,24 @@ def first_questions(questions: Sequence[Question], limit: int | None) -> list[Qu
     return chosen
 
 
-def grouped_by_image(questions: Sequence[Question]) -> list[Question]:
-    """The questions with those of one image side by side; images in order of appearance."""
+def batches_by_image(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Batches of at most `size` questions; images in order of appearance.
+
+    An image's questions stand together in one batch; only where they are more than `size` are they
+    spread, over batches of their own.
+    """
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.image, []).append(question)
-    return [question for group in groups.values() for question in group]
+    batches: list[list[Question]] = []
+    open_for = 0  # questions that the last batch may still take
+    for group in groups.values():
+        if len(group) <= open_for:
+            batches[-1] += group
+        else:
+            batches += [group[start : start + size] for start in range(0, len(group), size)]
+        open_for = size - len(batches[-1]) if len(group) <= size else 0
+    return batches
 
 
 def image_paths(questions: Sequence[Question], folder: Path) -> dict[str, Path]:
@@ -252,13 +264,13 @@ def evaluate(
             "give the question files in the first run's order, or choose another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    waiting = [question for question in grouped_by_image(questions) if question.key not in finished]
+    waiting = [question for question in questions if question.key not in finished]
     if waiting or not (out / RUN).exists():
         write_json(out / RUN, record.to_dict())
     progress(len(questions) - len(waiting), len(questions))
     with (out / ANSWERS).open("ab") as file:
-        for start in range(0, len(waiting), record.batch_size):
-            batch = waiting[start : start + record.batch_size]
+        left = len(waiting)
+        for batch in batches_by_image(waiting, record.batch_size):
             texts = _ask(answer, batch, images, record.prompt)
             lines = [
                 json.dumps(asdict(with_answer(question, text)), ensure_ascii=False) + "\n"
@@ -267,7 +279,7 @@ def evaluate(
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
-            left = len(waiting) - start - len(batch)
+            left -= len(batch)
             progress(len(questions) - left, len(questions))
     answered = join(questions, read_answers(answer_files([out])))
     write_json(out / SCORES, score_table(answered))

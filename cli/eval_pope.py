@@ -74,7 +74,7 @@ def build_parser(command: str) -> Parser:
     add("--images", type=str | None, metavar="DIR", help="folder of the images")
     add("--out", type=str | None, metavar="DIR", help="folder of answers.jsonl and scores.json")
     add("--prompt", type=str | None, help="own response prompt, on a line below each question")
-    add("--batch-size", type=int, default=16, help="questions at a time")
+    add("--batch-size", type=int, default=18, help="questions at a time; an image's stay together")
     add("--max-new-tokens", type=int, default=16, help="longest answer")
     add("--limit", type=int | None, help="only the first N questions of each split")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")

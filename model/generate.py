@@ -1,8 +1,8 @@
-"""Answers: prefill and greedy decoding, one question or a mixed batch of them."""
+"""Answers: prefill and greedy decoding, one question, a mixed batch, or all about an image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,13 @@ from transformers import GenerationConfig
 from ..hd.image import as_rgb, load_image
 from .llava_hd import LlavaHD
 from .packing import Sample, pack
+from .prefix import generate_shared
 from .processor import Cut, Processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+Key = tuple[int, str]  # which image (the id of its Cut), which question
 
 
 def answer(
@@ -40,9 +43,10 @@ def answer_batch(
 ) -> list[str]:
     """Greedy answers, in the order of the questions; images and text-only rows may mix.
 
-    An image that several questions share (the same object or path) is read and cut once, and the
-    same question about it is answered once (POPE asks its positive questions in all three splits).
-    Images in memory may have any mode. Raises ImageError for a file that cannot be read.
+    An image that several questions share (the same object or path) is read, cut, encoded and
+    prefilled once (model/prefix.py), and the same question about it is answered once (POPE asks its
+    positive questions in all three splits). Questions that share no image go through one padded
+    batch. Images in memory may have any mode. Raises ImageError for a file that cannot be read.
     """
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions")
@@ -54,10 +58,33 @@ def answer_batch(
         key: processor.question(question, [] if cut is None else [cut])
         for key, cut, question in zip(asked, cuts, questions, strict=True)
     }
-    tokens = generate(model, list(samples.values()), max_new_tokens, processor.tokenizer)
-    texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    tokens = _generate_by_image(model, samples, max_new_tokens, processor.tokenizer)
+    texts = processor.tokenizer.batch_decode(
+        [tokens[key] for key in samples], skip_special_tokens=True
+    )
     answers = dict(zip(samples, texts, strict=True))
     return [answers[key].strip() for key in asked]
+
+
+def _generate_by_image(
+    model: LlavaHD, samples: Mapping[Key, Sample], max_new_tokens: int, tokenizer: Any
+) -> dict[Key, list[int]]:
+    """The continuation of each prompt; several about one image share what they begin with."""
+    by_image: dict[int, list[Key]] = {}
+    for key, sample in samples.items():
+        if sample.tiles:
+            by_image.setdefault(key[0], []).append(key)
+    tokens: dict[Key, list[int]] = {}
+    for keys in by_image.values():
+        if len(keys) > 1:
+            same = [samples[key] for key in keys]
+            found = generate_shared(model, same, max_new_tokens, end_tokens(model, tokenizer))
+            tokens |= {} if found is None else dict(zip(keys, found, strict=True))
+    others = [key for key in samples if key not in tokens]
+    if others:
+        rows = generate(model, [samples[key] for key in others], max_new_tokens, tokenizer)
+        tokens |= dict(zip(others, rows, strict=True))
+    return tokens
 
 
 @torch.inference_mode()

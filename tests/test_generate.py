@@ -58,15 +58,21 @@ def test_the_same_question_about_the_same_image_is_answered_once(
     one, two = random_image((60, 60), 1), random_image((60, 60), 2)
     images, questions = [one, two, one, one, None, None], ["a", "a", "a", "b", "a", "a"]
     expected = [answer(model, processor, i, q, 4) for i, q in zip(images, questions, strict=True)]
-    sizes = []
-    whole = module.generate
-    monkeypatch.setattr(
-        module,
-        "generate",
-        lambda m, samples, *rest: (sizes.append(len(samples)), whole(m, samples, *rest))[1],
-    )
+    sizes: dict[str, list[int]] = {"generate": [], "generate_shared": []}
+
+    def count(name: str) -> None:
+        whole = getattr(module, name)
+
+        def counted(model, samples, *rest):
+            sizes[name].append(len(samples))
+            return whole(model, samples, *rest)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count("generate")
+    count("generate_shared")
     assert answer_batch(model, processor, images, questions, 4) == expected
-    assert sizes == [4]
+    assert sizes == {"generate": [2], "generate_shared": [2]}
 
 
 def test_no_question_gives_no_answer(pair) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,13 @@ from llava_hd.bench.pope import PROMPT, score_table
 from llava_hd.bench.pope_data import Answered, Question, read_questions, split_files
 from llava_hd.bench.pope_run import (
     RunRecord,
+    batches_by_image,
     check_resumable,
     describe_files,
     evaluate,
     fingerprint,
     finished_answers,
     first_questions,
-    grouped_by_image,
     read_run,
 )
 from llava_hd.hd.errors import DataError, UsageError
@@ -70,14 +71,40 @@ def test_every_question_is_asked_once_with_the_prompt_and_its_image(
     oracle = Oracle()
     evaluate(questions, images, oracle, tmp_path / "out", run_record())
     assert sorted(oracle.asked) == sorted((q.image, q.text + PROMPT) for q in questions)
-    assert oracle.batches == [4] * 13 + [2]
+    assert oracle.batches == [4, 4, 4, 4, 2] * 3
     images_asked = [name for name, _ in oracle.asked]
     assert images_asked == sorted(images_asked)  # an image's questions of all splits together
 
 
-def test_questions_of_one_image_stand_together(questions: list[Question]) -> None:
-    images = [question.image for question in grouped_by_image(questions)]
+@pytest.mark.parametrize(
+    ("size", "sizes"),
+    [
+        (1, [1] * 54),
+        (4, [4, 4, 4, 4, 2] * 3),
+        (17, [17, 1] * 3),
+        (18, [18] * 3),
+        (35, [18] * 3),
+        (36, [36, 18]),
+        (99, [54]),
+    ],
+)
+def test_a_batch_holds_whole_images_where_they_fit(
+    questions: list[Question], size: int, sizes: list[int]
+) -> None:
+    batches = batches_by_image(questions, size)
+    assert [len(batch) for batch in batches] == sizes
+    images = [question.image for batch in batches for question in batch]
     assert images == [name for number in range(3) for name in [image_name(number)] * 18]
+    assert {question.key for batch in batches for question in batch} == {q.key for q in questions}
+
+
+def test_images_with_few_questions_fill_a_batch(questions: list[Question]) -> None:
+    few = [question for n, question in enumerate(questions) if n % 5 == 0]
+    batches = batches_by_image(few, 8)
+    for batch, following in pairwise(batches):
+        assert len(batch) + sum(q.image == following[0].image for q in following) > 8
+    for name in {question.image for question in few}:
+        assert sum(any(q.image == name for q in batch) for batch in batches) == 1
 
 
 def test_answers_scores_and_record_are_on_disk(
@@ -115,8 +142,8 @@ def test_each_batch_is_on_disk_before_the_next_is_asked(
 
     reports: list[tuple[int, int]] = []
     evaluate(questions, images, answer, out, run_record(20), progress=lambda *x: reports.append(x))
-    assert seen == [0, 20, 40]
-    assert reports == [(0, 54), (20, 54), (40, 54), (54, 54)]
+    assert seen == [0, 18, 36]
+    assert reports == [(0, 54), (18, 54), (36, 54), (54, 54)]
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 7, 13])
@@ -137,7 +164,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
         file.write(tail)
     words: list[str] = []
     done = finished_answers(out, words.append)
-    assert len(done) == 4 * stop_after
+    assert len(done) == sum(first.batches) > 0 or stop_after == 0
     assert len(words) == (1 if tail else 0)
     second = Oracle()
     check_resumable(out, run_record(5))
