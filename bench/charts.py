@@ -1,7 +1,8 @@
 """Charts for the HTML reports: matplotlib figures as inline SVG that follow the page's colours.
 
 Text and axes take the colour of the surrounding text (`currentColor`) and the background is
-transparent, so one chart serves light and dark pages. No window system, no global figure.
+transparent, so one chart serves light and dark pages. A chart with a name is drawn as PNG, too, on
+white. No window system, no global figure.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from .compare import Estimate
+from .bootstrap import Estimate
 from .contestants import interval
 from .report import Chart
 
-COLOURS = ("#d9782d", "#2b84c6", "#2f9e77", "#b5679e", "#8a8f98")
+COLOURS = ("#d9782d", "#2b84c6", "#2f9e77", "#b5679e", "#c2a02c", "#5b6bb5", "#7f5539", "#4ea5a8")
+GREY = "#8a8f98"
+PNG_DPI = 160
+VALUES_UP_TO = 16  # bars; above, their values would stand in each other's way
 INK = "#010203"  # stands for currentColor until the SVG is written
 STYLE = {
     "axes.edgecolor": INK,
@@ -77,21 +81,23 @@ def bar_chart(
     groups: Sequence[str],
     series: Mapping[str, Sequence[Estimate]],
     y_label: str = "F1",
+    name: str = "",
 ) -> Chart:
-    """Bars from 0 for each group and name, with their intervals and the values written above."""
+    """Bars from 0 for each group and name, with their intervals and, if there are few, values."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(7.2, 3.4, title)
         width = 0.76 / max(1, len(series))
         tallest = 0.0
-        for place, (colour, name) in enumerate(zip(_cycle(len(series)), series, strict=True)):
-            estimates = series[name]
+        few = len(groups) * len(series) <= VALUES_UP_TO
+        for place, (colour, label) in enumerate(zip(_cycle(len(series)), series, strict=True)):
+            estimates = series[label]
             x = np.arange(len(groups)) + (place - (len(series) - 1) / 2) * width
             axes.bar(
                 x,
                 [e.value for e in estimates],
                 width=width * 0.9,
                 color=colour,
-                label=name,
+                label=label,
                 yerr=_whiskers(estimates),
                 error_kw={"ecolor": INK, "elinewidth": 1.1, "capsize": 2.5},
             )
@@ -99,7 +105,7 @@ def bar_chart(
                 top = e.span[1]
                 tallest = max(tallest, top)
                 axes.annotate(
-                    f"{e.value:.3f}",
+                    f"{e.value:.3f}" if few else "",
                     (at, top),
                     textcoords="offset points",
                     xytext=(0, 4),
@@ -112,17 +118,19 @@ def bar_chart(
         axes.set_ylim(0, max(tallest, 1e-9) * 1.14)
         axes.grid(axis="y", alpha=0.18, color=INK)
         axes.set_axisbelow(True)
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=max(1, len(series)))
-        return _chart(figure, f"{title}: {y_label} of {', '.join(series)}")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=min(4, max(1, len(series))))
+        return _chart(figure, f"{title}: {y_label} of {', '.join(series)}", name)
 
 
-def difference_chart(title: str, rows: Sequence[tuple[str, Estimate]], x_label: str) -> Chart:
+def difference_chart(
+    title: str, rows: Sequence[tuple[str, Estimate]], x_label: str, name: str = ""
+) -> Chart:
     """One row per (name, difference): the point, its 95 % interval, the line of no difference."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(7.2, 0.9 + 0.34 * len(rows), title)
         axes.axvline(0, color=INK, linewidth=1, alpha=0.6)
-        for place, (name, e) in enumerate(rows):
-            colour = COLOURS[1 if e.value > 0 else 0] if e.clear else COLOURS[4]
+        for place, (label, e) in enumerate(rows):
+            colour = COLOURS[1 if e.value > 0 else 0] if e.clear else GREY
             y = len(rows) - place
             axes.plot(e.span, [y, y], color=colour, linewidth=2.4)
             axes.plot([e.value], [y], "o", color=colour, markersize=6)
@@ -132,15 +140,35 @@ def difference_chart(title: str, rows: Sequence[tuple[str, Estimate]], x_label: 
                 xycoords=("axes fraction", "data"),
                 va="center",
                 fontsize=8.5,
-                fontweight="bold" if name.startswith("mean") else "normal",
+                fontweight="bold" if label.startswith("mean") else "normal",
             )
-        axes.set_yticks(range(len(rows), 0, -1), [name for name, _ in rows])
+        axes.set_yticks(range(len(rows), 0, -1), [label for label, _ in rows])
         axes.set_ylim(0.4, len(rows) + 0.6)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(x_label)
         axes.grid(axis="x", alpha=0.18, color=INK)
-        return _chart(figure, f"{title}: differences with 95 % intervals")
+        return _chart(figure, f"{title}: differences with 95 % intervals", name)
+
+
+def square_chart(
+    title: str, names: Sequence[str], values: Sequence[Sequence[float | None]], name: str = ""
+) -> Chart:
+    """A square table of numbers up to 1 as colours, with the numbers written in; None is empty."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(7.2, 1.2 + 0.55 * len(names), title)
+        table = np.array([[np.nan if v is None else v for v in row] for row in values])
+        axes.imshow(table, cmap="Blues", vmin=min(0.0, float(np.nanmin(table))), vmax=1.4)
+        for row, column in zip(*np.nonzero(~np.isnan(table)), strict=True):
+            axes.annotate(
+                f"{table[row, column]:.2f}", (column, row), ha="center", va="center",
+                color="black", fontsize=9,
+            )  # fmt: skip
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        return _chart(figure, f"{title}: {', '.join(names)}", name)
 
 
 def trailing_mean(values: Sequence[float], length: int) -> np.ndarray:
@@ -169,8 +197,11 @@ def _whiskers(estimates: Sequence[Estimate]) -> np.ndarray:
     return np.array(pairs).reshape(-1, 2).clip(min=0).T
 
 
-def _chart(figure: Figure, alt: str) -> Chart:
+def _chart(figure: Figure, alt: str, name: str = "") -> Chart:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().replace(INK, "currentColor")
-    return Chart(svg=text[text.index("<svg") :], alt=alt)
+    png = io.BytesIO()
+    if name:
+        figure.savefig(png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": ""})
+    return Chart(text[text.index("<svg") :], alt, name=name, png=png.getvalue())

@@ -24,8 +24,9 @@ from typing import Any
 from ..hd.errors import LlavaHDError, UsageError
 from ..train.checkpoint_state import STATE_FILE
 from .charts import line_chart
-from .compare import MEAN, Comparison, compare
-from .compare_report import comparison_json, comparison_sections
+from .compare import ALL, MEAN, Comparison, compare
+from .compare_report import comparison_json, comparison_sections, write_charts
+from .compare_sizes import BOXES, by_size
 from .contestants import read_contestant
 from .files import write_json
 from .report import Facts, Note, Section, Table, write_report
@@ -190,24 +191,29 @@ def write_demo_report(
     report.json: `models` -> scores by split, `comparison` (bench/compare.py), `demo`.
     """
     images = out / "data" / "images"
-    a, b = (read_contestant(name, out / name / "pope") for name in MODELS)
-    comparison = compare(a.answered, b.answered, seed=settings.seed)
-    values = comparison_json(a, b, comparison)
+    sides = [read_contestant(name, out / name / "pope") for name in MODELS]
+    answers = {side.name: side.answered for side in sides}
+    comparison = compare(answers, seed=settings.seed)
+    boxes = out / "data" / BOXES
+    sizes = by_size(answers, boxes, seed=settings.seed)
+    values = comparison_json(sides, comparison, sizes)
+    [pair] = comparison.pairs
     report = {
         "demo": {**asdict(settings), "seconds": seconds},
-        "models": {values[side]["name"]: values[side]["scores"] for side in ("a", "b")},
+        "models": {side["name"]: side["scores"] for side in values["contestants"]},
         "paired_p": {
-            "mean_f1_bootstrap": comparison.difference[MEAN]["f1"].p,
-            "mcnemar_all": comparison.mcnemar["all"].p,
+            "mean_f1_bootstrap": pair.difference[MEAN]["f1"].p,
+            "mcnemar_all": pair.mcnemar[ALL].p,
         },
         **values,
     }
     write_json(out / "report.json", report)
     sections = [
         _job_section(settings, comparison, seconds),
-        *comparison_sections(a, b, comparison, images),
+        *comparison_sections(sides, comparison, images, sizes),
         _loss_section(out),
     ]
+    write_charts(out, sections)
     write_report(
         out / "report.html",
         "LLaVA-1.5-HD at nano size",

@@ -86,6 +86,11 @@ def score(answered: Sequence[Answered], parser: Parser = parse_original) -> Scor
     )
 
 
+def is_right(item: Answered, parser: Parser) -> bool:
+    """Whether the parser reads the label out of the answer."""
+    return parser(item.text) is (item.label == "yes")
+
+
 def ratio(part: float, whole: float) -> float:
     """part / whole, and 0 where the whole is 0."""
     return part / whole if whole else 0.0

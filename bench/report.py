@@ -55,11 +55,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """An SVG element made by charts.py, and its description for readers who do not see it."""
+    """An SVG element made by charts.py, and its description for readers who do not see it.
+
+    name, png: the same chart as a file of its own, where it has a name.
+    """
 
     svg: str
     alt: str
     caption: str = ""
+    name: str = ""
+    png: bytes = b""
     kind: ClassVar[str] = "chart"
 
     @property
@@ -97,12 +102,12 @@ class CardAnswer:
 
 @dataclass(frozen=True)
 class Card:
-    """One question with its picture, its label and the answers of the models."""
+    """One question with its pictures, its label and the answers of the models."""
 
     question: str
     label: str
     answers: Sequence[CardAnswer]
-    picture: Picture | None = None
+    pictures: Sequence[Picture] = ()
     remark: str = ""
 
 
@@ -148,6 +153,12 @@ def render(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
     )
     template = environment.get_template("report.html.j2")
     return template.render(title=title, subtitle=subtitle, sections=sections)
+
+
+def chart_files(sections: Sequence[Section]) -> dict[str, bytes]:
+    """File name -> PNG of the charts that have a name."""
+    charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
+    return {f"{chart.name}.png": chart.png for chart in charts if chart.name}
 
 
 def write_report(

@@ -1,4 +1,4 @@
-"""`llava-hd compare`: two models' POPE answers side by side, paired statistics, a report."""
+"""`llava-hd compare`: models' POPE answers side by side, paired statistics, a report."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.compare import ALL, MEAN, MIN_RESAMPLES, Comparison, compare
+from ..bench.bootstrap import MIN_RESAMPLES
+from ..bench.compare import ALL, MEAN, Comparison, Pair, compare
 from ..bench.contestants import (
     Contestant,
+    check_names,
+    check_same_questions,
     contestant_names,
     holds_images,
+    power_words,
     read_contestant,
     run_facts,
     show_p,
-    verdict,
+    verdicts,
     warnings_of,
 )
 from ..bench.files import check_out
 from ..bench.pope import PARSERS
 from ..bench.pope_data import split_files
+from ..bench.question_sets import question_sets
 from ..hd.errors import UsageError
 from .parser import Parser
 
@@ -33,22 +38,24 @@ def build_parser(command: str) -> Parser:
     """The options of `llava-hd compare`."""
     parser = Parser(
         command,
-        "Compare two models' answers to the same POPE questions: scores side by side,\n"
-        "differences with 95 % intervals (bootstrap over images), McNemar's exact test.\n"
-        "A and B are output folders of `llava-hd eval pope`, or answers files; report.html\n"
-        "and report.json go to --out.",
+        "Compare models' answers to the same POPE questions: scores side by side, differences\n"
+        "with 95 % intervals (bootstrap over images), McNemar's exact test and its power,\n"
+        "agreement, F1 by the size of objects. Give output folders of `llava-hd eval pope`, or\n"
+        "answers files; each model is set against the first. report.html, report.json and the\n"
+        "charts as PNG go to --out.",
         [
             "llava-hd compare runs/base336 runs/hd448 --out runs/comparison",
+            "llava-hd compare runs/base336 runs/hd448 runs/hdflex --names 336 448 flex",
             "llava-hd compare a.jsonl b.jsonl --questions pope --images val2014 --json",
         ],
     )
     add = parser.add_argument
-    add("a", type=str, metavar="A", help="the first model's answers")
-    add("b", type=str, metavar="B", help="the second model's; differences are B minus A")
+    add("runs", type=str, nargs="+", metavar="RUN", help="two models' answers, or more")
     add("--out", type=str, default="comparison", metavar="DIR", help="folder of the report")
-    add("--names", type=str, nargs=2, metavar="NAME", help="what to call A and B")
+    add("--names", type=str, nargs="+", metavar="NAME", help="what to call the models, in order")
     add("--parser", type=str, default="original", help=f"{' or '.join(PARSERS)}")
     add("--images", type=str | None, metavar="DIR", help="images for the examples, if moved")
+    add("--boxes", type=str | None, metavar="FILE", help="boxes.json, or COCO's instances_*.json")
     add("--questions", type=str, nargs="+", metavar="FILE", help="where answers have no labels")
     add(
         "--labels", type=str | None, metavar="DIR", help="POPE's label files, for LLaVA's questions"
@@ -60,7 +67,41 @@ def build_parser(command: str) -> Parser:
 
 
 def run(args: Namespace) -> int:
-    """Read both sides, compare, write the report, print."""
+    """Read all sides, compare, write the report, print."""
+    _check_options(args)
+    out = Path(args.out)
+    check_out(out)
+    questions = split_files(args.questions or [])
+    labels = split_files([args.labels]) if args.labels else []
+    names = args.names or contestant_names(args.runs)
+    check_names(names, len(args.runs))
+    sides = [
+        read_contestant(name, path, questions, labels)
+        for name, path in zip(names, args.runs, strict=True)
+    ]
+    check_same_questions(sides)
+    answers = {side.name: side.answered for side in sides}
+    comparison = compare(answers, args.parser, args.resamples, args.seed)
+    images = _images(args.images, sides)
+    # Only the report needs torch, to draw what the models see.
+    from ..bench.compare_report import CHARTS, comparison_json, write_comparison
+    from ..bench.compare_sizes import by_size
+
+    boxes = _boxes(args.boxes, images)
+    sizes = by_size(answers, boxes, args.parser, args.resamples, args.seed) if boxes else None
+    write_comparison(out, sides, comparison, images, sizes)
+    if args.json:
+        print(json.dumps(comparison_json(sides, comparison, sizes), indent=2))
+    else:
+        _print(Console(), sides, comparison)
+        pictures = "" if images else " (without pictures: give their folder with --images)"
+        print(f"report: {out / 'report.html'}{pictures}, {out / 'report.json'}, {out / CHARTS}")
+    return 0
+
+
+def _check_options(args: Namespace) -> None:
+    if len(args.runs) < 2:
+        raise UsageError(f"only {args.runs[0]} is given; a comparison needs two models or more")
     if args.parser not in PARSERS:
         raise UsageError(f"--parser {args.parser!r} is unknown; there is {', '.join(PARSERS)}")
     for option, value, least in (
@@ -69,76 +110,67 @@ def run(args: Namespace) -> int:
     ):
         if value < least:
             raise UsageError(f"--{option} {value}: give a number from {least}")
-    out = Path(args.out)
-    check_out(out)
-    questions = split_files(args.questions or [])
-    labels = split_files([args.labels]) if args.labels else []
-    names = args.names or contestant_names(args.a, args.b)
-    if names[0] == names[1]:
-        raise UsageError(f"A and B are both called {names[0]!r}; tell them apart with --names")
-    a, b = (
-        read_contestant(name, path, questions, labels)
-        for name, path in zip(names, (args.a, args.b), strict=True)
-    )
-    paths = (str(a.answers), str(b.answers))
-    comparison = compare(a.answered, b.answered, args.parser, args.resamples, args.seed, paths)
-    images = _images(args.images, a, b)
-    # Only the report needs torch, to draw what the models see.
-    from ..bench.compare_report import comparison_json, write_comparison
-
-    write_comparison(out, a, b, comparison, images)
-    if args.json:
-        print(json.dumps(comparison_json(a, b, comparison), indent=2))
-    else:
-        _print(Console(), a, b, comparison)
-        pictures = "" if images else " (without pictures: give their folder with --images)"
-        print(f"report: {out / 'report.html'}{pictures}, {out / 'report.json'}")
-    return 0
 
 
-def _images(given: str | None, a: Contestant, b: Contestant) -> Path | None:
+def _images(given: str | None, sides: Sequence[Contestant]) -> Path | None:
     """The folder of the images: as given, or from the record of a run if some are still there."""
     if given is not None:
-        if not holds_images(Path(given), a):
-            name = a.answered[0].image
+        if not holds_images(Path(given), sides[0]):
+            name = sides[0].answered[0].image
             raise UsageError(
                 f"--images {given}: {name} is not in it, nor is any other of the images; "
                 "give the right folder"
             )
         return Path(given)
-    for side in (a, b):
-        if side.run is not None and holds_images(Path(side.run.images), a):
+    for side in sides:
+        if side.run is not None and holds_images(Path(side.run.images), sides[0]):
             return Path(side.run.images)
     return None
 
 
-def _print(console: Console, a: Contestant, b: Contestant, comparison: Comparison) -> None:
-    console.print(_scores_table(a, b, comparison))
-    console.print(_tests_table(a, b, comparison))
-    console.print(verdict(a.name, b.name, comparison), highlight=False, markup=False)
-    for line in warnings_of(a, b, comparison):
+def _boxes(given: str | None, images: Path | None) -> Path | None:
+    """The file of the boxes: as given, or boxes.json beside the images' folder if there is one."""
+    from ..bench.compare_sizes import BOXES
+
+    if given is not None:
+        return Path(given)
+    beside = images.parent / BOXES if images else None
+    return beside if beside and beside.is_file() else None
+
+
+def _print(console: Console, sides: Sequence[Contestant], comparison: Comparison) -> None:
+    for pair in comparison.from_first:
+        console.print(_scores_table(pair, comparison))
+    console.print(_tests_table(comparison))
+    said = [text for text, _ in verdicts(comparison)]
+    for line in [*said, *map(power_words, comparison.from_first)]:
+        console.print(line, highlight=False, markup=False)
+    for line in warnings_of(sides, comparison):
         console.print(line, style="yellow", highlight=False, markup=False)
     console.print(
         f"{comparison.parser} parser; {comparison.num_questions} questions, "
         f"{comparison.num_images} images; {comparison.resamples} resamples, seed {comparison.seed}",
         highlight=False,
     )
-    for side in (a, b):
+    for entry in question_sets(sides[0].answered):
+        text = f"{entry.split}: {entry.text}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    for side in sides:
         for name, value in run_facts(side):
             text = f"{side.name}: {name}: {'; '.join(value.splitlines())}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _scores_table(a: Contestant, b: Contestant, comparison: Comparison) -> Table:
-    table = _table(f"{a.name} (A) and {b.name} (B)", ["split", "", "A", "B", "B - A", "95 %", "p"])
-    for split, figures in comparison.difference.items():
+def _scores_table(pair: Pair, comparison: Comparison) -> Table:
+    title = f"{pair.a} (A) and {pair.b} (B)"
+    table = _table(title, ["split", "", "A", "B", "B - A", "95 %", "p"])
+    for split, figures in pair.difference.items():
         for metric, name in (("f1", "F1"), ("accuracy", "accuracy"), ("yes_ratio", "yes ratio")):
             difference = figures[metric]
             table.add_row(
                 split if metric == "f1" else "",
                 name,
-                f"{comparison.a[split][metric].value:.4f}",
-                f"{comparison.b[split][metric].value:.4f}",
+                *(f"{comparison.models[x][split][metric].value:.4f}" for x in (pair.a, pair.b)),
                 f"{difference.value:+.4f}",
                 "" if difference.few_images else f"{difference.low:+.4f} {difference.high:+.4f}",
                 show_p(difference.p),
@@ -148,12 +180,23 @@ def _scores_table(a: Contestant, b: Contestant, comparison: Comparison) -> Table
     return table
 
 
-def _tests_table(a: Contestant, b: Contestant, comparison: Comparison) -> Table:
-    columns = ["split", "only A right", "only B right", "exact p"]
-    table = _table("McNemar: questions that exactly one of them has right", columns)
-    for split, test in comparison.mcnemar.items():
-        style = "bold" if split == ALL else ""
-        table.add_row(split, str(test.only_a), str(test.only_b), show_p(test.p), style=style)
+def _tests_table(comparison: Comparison) -> Table:
+    many = len(comparison.names) > 2
+    columns = ["pair, split" if many else "split", "only A right", "only B right", "exact p"]
+    columns += ["adjusted"] if many else []
+    title = "McNemar: questions that exactly one of them has right"
+    table = _table(f"{title} (adjusted: Holm, for all pairs)" if many else title, columns)
+    for pair in comparison.pairs:
+        # Of many pairs all questions together, or the splits would hide them.
+        tests = {ALL: pair.mcnemar[ALL]} if many else pair.mcnemar
+        for split, test in tests.items():
+            style = "bold" if split == ALL and not many else ""
+            row = [str(test.only_a), str(test.only_b), show_p(test.p)]
+            if many:
+                row = [f"A {pair.a}, B {pair.b}, {split}", *row, show_p(pair.mcnemar_adjusted)]
+            table.add_row(*(row if many else [split, *row]), style=style)
+        if not many:
+            table.add_section()
     return table
 
 

@@ -5,25 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from ..bench.files import check_out, sha256
 from ..hd.errors import UsageError
-from ..train.generate import Progress as Done
 from ..train.generate import Summary, finish, generate
 from ..train.generate_context import Annotations, read_coco
 from ..train.generate_cost import Estimate, Prices, counted, estimate
@@ -34,10 +24,10 @@ from ..train.generate_request import OpenClient
 from ..train.generate_settings import (
     KINDS,
     GenerateSettings,
-    LimitField,
     check_endpoint,
     parse_kinds,
 )
+from .endpoint import add_endpoint, asking_bar, check_endpoint_options, endpoint_client
 from .parser import Parser
 
 UNNAMED = "not named"  # the model of an estimate
@@ -71,20 +61,11 @@ def build_parser(command: str) -> Parser:
     add("--examples", type=str | None, metavar="DIR", help="own prompts instead of the shipped")
     add("--estimate", action="store_true", help="count requests, tokens and cost; ask nothing")
     add("--finish", action="store_true", help="ask nothing more; write what is answered")
-    add("--endpoint", type=str, default="https://api.openai.com/v1", metavar="URL",
-        help="server that speaks OpenAI's chat completions")  # fmt: skip
-    add("--model", type=str | None, metavar="NAME", help="the model's name there")
-    add("--key-env", type=str, default="OPENAI_API_KEY", metavar="NAME", help="variable of the key")
-    add("--no-key", action="store_true", help="the server needs no key")
+    add_endpoint(parser)
     add("--seed", type=int, default=0, help="seed of the choice of images, and of the answers")
     add("--temperature", type=float | None, default=0.7, help="null leaves it to the server")
     add("--max-tokens", type=int, default=1024, help="longest answer")
-    add("--limit-field", type=LimitField, default="max_tokens", help="how the server calls that")
-    add("--no-seed", action="store_true", help="for servers that refuse the field seed")
     add("--tries", type=int, default=3, help="how often to ask until the answer is valid")
-    add("--concurrency", type=int, default=8, help="requests on their way at a time")
-    add("--retries", type=int, default=5, help="after rate limits, server errors and timeouts")
-    add("--timeout", type=float, default=120.0, help="seconds for one request")
     add("--price-in", type=float | None, help="money for a million tokens of prompts")
     add("--price-out", type=float | None, help="money for a million tokens of answers")
     add("--max-cost", type=float | None, help="stop before the folder's runs cost more than that")
@@ -121,7 +102,7 @@ def run(args: Namespace) -> int:
     out = Path(args.out)
     check_out(out)
     # A folder without answers is not written before the key is known to be there.
-    client = None if args.finish else _client(args, settings, endpoint)
+    client = None if args.finish else endpoint_client(args, settings.model, endpoint)
     out.mkdir(parents=True, exist_ok=True)
     check_run(out, _identity(args, work, endpoint))
     with Journal(out) as journal:
@@ -145,14 +126,7 @@ def _check_options(args: Namespace) -> None:
         raise UsageError("--estimate and --finish do not go together; leave one out")
     if args.model is None and not args.estimate:
         raise UsageError("--model is missing; name the one that the endpoint serves")
-    for name in ("concurrency", "max_tokens", "tries"):
-        value = getattr(args, name)
-        if value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: give a number from 1")
-    if args.retries < 0:
-        raise UsageError(f"--retries {args.retries}: give a number from 0")
-    if not 0 < args.timeout < float("inf"):
-        raise UsageError(f"--timeout {args.timeout:g}: give seconds above 0")
+    check_endpoint_options(args)
 
 
 def _read(args: Namespace) -> Annotations:
@@ -174,28 +148,6 @@ def _identity(args: Namespace, work: Work, endpoint: str) -> dict[str, Any]:
         **files,
         "endpoint": endpoint,
     }
-
-
-def _client(args: Namespace, settings: GenerateSettings, url: str) -> OpenClient:
-    """The client is a library of its own, and needed only here."""
-    try:
-        from ..train.generate_client import Endpoint, open_client, read_key
-    except ModuleNotFoundError as error:
-        if error.name != "openai":
-            raise
-        raise UsageError(
-            "the client library openai is not installed; pip install 'llava-hd[data]'"
-        ) from error
-    endpoint = Endpoint(
-        url=url,
-        model=settings.model,
-        key=None if args.no_key else read_key(args.key_env),
-        key_name=args.key_env,
-        retries=args.retries,
-        timeout=args.timeout,
-        limit_field=settings.limit_field,
-    )
-    return lambda: open_client(endpoint)
 
 
 def _estimate(
@@ -249,7 +201,7 @@ def _ask(
 ) -> Summary:
     if client is None:
         raise ValueError("asking needs a client")
-    with _bar(errors) as done:
+    with asking_bar(errors) as done:
         return generate(
             work,
             out,
@@ -260,28 +212,6 @@ def _ask(
             progress=done,
             notify=errors.print,
         )
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Done]:
-    """A bar on stderr with what was rejected and the cost so far."""
-    columns = (
-        TextColumn("asking"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("asking", total=None, numbers="")
-
-        def done(count: int, total: int, rejected: int, cost: float | None) -> None:
-            numbers = f"{rejected:,} rejected"
-            if cost is not None:
-                numbers += f"  cost {cost:,.4g}"
-            bar.update(task, completed=count, total=total, numbers=numbers)
-
-        yield done
 
 
 def _show_summary(args: Namespace, summary: Summary, out: Path) -> None:

@@ -133,7 +133,7 @@ def _print(report: dict[str, Any], out: Path, settings: DemoSettings, seconds: f
     for name, scores in models.items():
         table.add_row(name, *(f"{scores[split]['f1']:.4f}" for split in splits))
     console.print(table)
-    difference = report["comparison"]["difference"]["mean"]["f1"]
+    difference = report["comparison"]["pairs"][0]["difference"]["mean"]["f1"]
     console.print(
         f"hd - base, mean F1: {difference['value']:+.4f} "
         f"[{difference['low']:+.4f}, {difference['high']:+.4f}], "

@@ -138,15 +138,15 @@ def _ask(args: Namespace) -> list[Answered]:
         labels=tuple(labels_described),
     )
     check_resumable(out, record)
-    done = finished_answers(out, notify=_tell)
+    done = finished_answers(out, notify=tell)
     if done:
-        _tell(f"{out}: {len(done)} of {len(questions)} questions are answered already")
+        tell(f"{out}: {len(done)} of {len(questions)} questions are answered already")
     if len(done) < len(questions):
         answer, hd = _load(model_dir, device, dtype, args.max_new_tokens)
         record = replace(record, model={**model, "hd": hd})
     else:
         answer = _nothing_to_ask
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         return evaluate(questions, images, answer, out, record, done, progress)
 
 
@@ -204,7 +204,7 @@ def _load(
     return answer, model.config.hd.to_dict()
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
@@ -221,7 +221,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
+def progress_bar() -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr with rate and remaining time; yields `progress(answered, total)`."""
     columns = (
         TextColumn("asking"),

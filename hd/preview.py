@@ -26,7 +26,7 @@ ROW_END_DOT = (213, 94, 0)
 GLOBAL_LINE = (0, 114, 178)
 
 
-def draw_plan(image: Image.Image, plan: TilePlan) -> Image.Image:
+def draw_plan(image: Image.Image, plan: TilePlan, caption: bool = True) -> Image.Image:
     """RGB picture: the padded canvas under its grid, the global view beside it, a caption below.
 
     Tile lines are yellow, patches faint, padding hatched, dropped cells dimmed; the green frame
@@ -39,13 +39,15 @@ def draw_plan(image: Image.Image, plan: TilePlan) -> Image.Image:
         panels.append(_canvas_panel(image, plan, scale))
     if plan.has_global_view:
         panels.append(_global_panel(image, plan, scale))
-    lines = _caption(plan)
+    lines = _caption(plan) if caption else []
     font = _font(TEXT_PX)
     body_width = sum(panel.width for panel in panels) + GAP_PX * (len(panels) - 1)
-    text_width = max(int(font.getlength(_plain(line))) for line in lines)
+    text_width = max((int(font.getlength(_plain(line))) for line in lines), default=0)
     width = max(body_width, text_width) + 2 * MARGIN_PX
     body_height = max(panel.height for panel in panels)
-    page = Image.new("RGB", (width, body_height + len(lines) * LINE_PX + 3 * MARGIN_PX), PAPER)
+    page = Image.new(
+        "RGB", (width, body_height + len(lines) * LINE_PX + (3 if lines else 2) * MARGIN_PX), PAPER
+    )
     left = MARGIN_PX
     for panel in panels:
         page.paste(panel, (left, MARGIN_PX))

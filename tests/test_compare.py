@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_hd.bench.compare import (
-    ALL,
-    MEAN,
-    METRICS,
-    Comparison,
-    bootstrap_p,
-    compare,
-    mcnemar_p,
-)
+from llava_hd.bench import compare as module
+from llava_hd.bench.bootstrap import bootstrap_p
+from llava_hd.bench.compare import ALL, MEAN, METRICS, Comparison, Figures
+from llava_hd.bench.mcnemar import McNemar, mcnemar_p
 from llava_hd.bench.pope import PARSERS, score_splits
 from llava_hd.bench.pope_data import Answered
 from llava_hd.hd.errors import DataError
@@ -55,12 +51,37 @@ def noisy(items: list[Answered], rate: float, seed: int) -> list[Answered]:
     ]
 
 
+@dataclass(frozen=True)
+class Two:
+    """A comparison of two models, A and B, with its parts at hand."""
+
+    whole: Comparison
+    a: Figures
+    b: Figures
+    difference: Figures
+    mcnemar: dict[str, McNemar]
+    few_images: dict[str, int]
+
+
+def compare(a: list[Answered], b: list[Answered], *rest: str, **options: int) -> Two:
+    whole = module.compare({"A": a, "B": b}, *rest, **options)
+    [pair] = whole.pairs
+    return Two(
+        whole,
+        whole.models["A"],
+        whole.models["B"],
+        pair.difference,
+        pair.mcnemar,
+        whole.few_images,
+    )
+
+
 ITEMS = questions(24)
 A, B = noisy(ITEMS, 0.3, seed=1), noisy(ITEMS, 0.15, seed=2)
 
 
 @pytest.fixture(scope="module")
-def comparison() -> Comparison:
+def comparison() -> Two:
     return compare(A, B, resamples=4000)
 
 
@@ -90,7 +111,7 @@ def f1_difference(images: list[str]) -> float:
     return b - a
 
 
-def test_intervals_and_p_agree_with_a_bootstrap_written_as_loops(comparison: Comparison) -> None:
+def test_intervals_and_p_agree_with_a_bootstrap_written_as_loops(comparison: Two) -> None:
     rng = random.Random(5)
     names = sorted({item.image for item in A})
     drawn = [f1_difference(rng.choices(names, k=len(names))) for _ in range(1500)]
@@ -125,7 +146,7 @@ def test_intervals_and_p_agree_with_all_resamples_of_four_images() -> None:
     assert found.p == pytest.approx(2 * share, abs=0.012)
 
 
-def test_mcnemar_counts_and_p_by_hand(comparison: Comparison) -> None:
+def test_mcnemar_counts_and_p_by_hand(comparison: Two) -> None:
     read = PARSERS["original"]
     right = [
         tuple(read(item.text) == (item.label == "yes") for item in pair)
@@ -155,7 +176,7 @@ def test_mcnemars_p_of_known_tables(only_a: int, only_b: int, p: float) -> None:
     assert mcnemar_p(only_a, only_b) == pytest.approx(p, rel=1e-6)
 
 
-def test_swapping_the_models_turns_every_sign(comparison: Comparison) -> None:
+def test_swapping_the_models_turns_every_sign(comparison: Two) -> None:
     turned = compare(B, A, resamples=4000)
     for split, metric in itertools.product((*SPLITS, MEAN), METRICS):
         one, other = comparison.difference[split][metric], turned.difference[split][metric]
@@ -167,14 +188,14 @@ def test_swapping_the_models_turns_every_sign(comparison: Comparison) -> None:
     assert (back.only_a, back.only_b, back.p) == (test.only_b, test.only_a, test.p)
 
 
-def test_the_order_of_the_answers_does_not_matter(comparison: Comparison) -> None:
+def test_the_order_of_the_answers_does_not_matter(comparison: Two) -> None:
     shuffled_a, shuffled_b = list(A), list(B)
     random.Random(1).shuffle(shuffled_a)
     random.Random(2).shuffle(shuffled_b)
     assert compare(shuffled_a, shuffled_b, resamples=4000) == comparison
 
 
-def test_the_seed_decides_the_intervals(comparison: Comparison) -> None:
+def test_the_seed_decides_the_intervals(comparison: Two) -> None:
     assert compare(A, B, resamples=4000) == comparison
     assert compare(A, B, resamples=4000, seed=1).difference != comparison.difference
 
@@ -188,7 +209,7 @@ def test_a_model_compared_with_itself_shows_no_difference() -> None:
 
 
 def test_asking_the_same_again_about_the_same_image_adds_no_certainty(
-    comparison: Comparison,
+    comparison: Two,
 ) -> None:
     """Copied questions are no new evidence: clustered intervals stay, McNemar is fooled."""
 
@@ -318,3 +339,57 @@ def test_questions_that_only_share_their_ids_are_refused(field: str, value: str)
     changed = [replace(B[0], **{field: value}), *B[1:]]
     with pytest.raises(DataError, match=f"question_id 0 of split random has {field} .* in B"):
         compare(A, changed)
+
+
+def test_three_models_are_compared_as_every_two_of_them(comparison: Two) -> None:
+    third = noisy(ITEMS, 0.2, seed=3)
+    whole = module.compare({"A": A, "B": B, "C": third}, resamples=4000)
+    assert [(pair.a, pair.b) for pair in whole.pairs] == [("A", "B"), ("A", "C"), ("B", "C")]
+    assert [pair.b for pair in whole.from_first] == ["B", "C"]
+    assert whole.models["A"] == comparison.a
+    first = whole.pairs[0]
+    assert (first.difference, first.mcnemar) == (comparison.difference, comparison.mcnemar)
+    alone = comparison.whole.pairs[0]
+    assert first.power == alone.power
+    assert alone.mean_f1_adjusted == alone.difference[MEAN]["f1"].p  # one test needs no adjustment
+    for pair in whole.pairs:
+        assert pair.mean_f1_adjusted >= pair.difference[MEAN]["f1"].p
+        assert pair.mcnemar_adjusted >= pair.mcnemar[ALL].p
+    gaps = [pair.difference[MEAN]["f1"].value for pair in whole.pairs]
+    assert gaps[0] + gaps[2] == pytest.approx(gaps[1])
+    assert json.loads(json.dumps(whole.to_dict(), allow_nan=False))
+
+
+def test_one_model_is_no_comparison() -> None:
+    with pytest.raises(ValueError, match="1 models"):
+        module.compare({"A": A})
+
+
+def test_a_third_model_with_other_questions_is_refused() -> None:
+    with pytest.raises(DataError, match="A and C answer different questions"):
+        module.compare({"A": A, "B": B, "C": B[1:]})
+
+
+def test_the_design_effect_is_that_of_questions_drawn_one_by_one() -> None:
+    """Independent questions: about 1. Each asked three times of the same image: about 3."""
+    items = questions(400, per_image=1, splits=("random",))
+    a, b = noisy(items, 0.3, seed=1), noisy(items, 0.2, seed=2)
+    once = compare(a, b, resamples=2000).whole.pairs[0].power
+    assert once["random"].design_effect == pytest.approx(1, abs=0.1)
+
+    def tripled(side: list[Answered]) -> list[Answered]:
+        return [replace(x, question_id=f"{x.question_id}/{n}") for x in side for n in range(3)]
+
+    thrice = compare(tripled(a), tripled(b), resamples=2000).whole.pairs[0].power
+    assert thrice["random"].design_effect == pytest.approx(3, abs=0.3)
+    assert thrice[ALL].design_effect == thrice["random"].design_effect
+    for field in ("power", "detectable"):  # three copies are worth one question
+        value, other = getattr(once["random"], field), getattr(thrice["random"], field)
+        assert other == pytest.approx(value, rel=0.05)
+
+
+def test_few_images_leave_the_design_effect_open() -> None:
+    a, b = ([x for x in items if int(x.image[:-4]) < 5] for items in (A, B))
+    power = compare(a, b, resamples=100).whole.pairs[0].power
+    assert {entry.design_effect for entry in power.values()} == {None}
+    assert all(0 <= entry.power <= 1 for entry in power.values())

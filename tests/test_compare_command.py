@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from pope_files import image_name, true_label, write_lines, write_pope
 from tiny import random_image, tiny_hd
 
@@ -100,13 +101,18 @@ def test_the_report_shows_charts_examples_and_what_the_models_see(
 ) -> None:
     run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
     page = (folder / "cmp" / "report.html").read_text()
-    assert page.count("<svg ") == 2
+    assert page.count("<svg ") == 3
     assert "Only hd is right: the first 8 of" in page
     assert "Only base is right: the first" in page
     assert "photo_0.png as seen by base: 1 tile, 16 visual tokens" in page
     assert "photo_0.png as seen by hd: 5 tiles" in page
     cards = page.count("<article>")
-    assert page.count('src="data:image/png;base64,') == cards + 4
+    assert page.count('src="data:image/png;base64,') == 2 * cards + 4  # as base and hd see them
+    names = {"f1.png", "yes_ratio.png", "difference_2.png"}
+    assert {path.name for path in (folder / "cmp" / "charts").iterdir()} == names
+    for name in names:
+        with Image.open(folder / "cmp" / "charts" / name) as chart:
+            assert min(chart.size) > 300
 
 
 def test_json_is_what_report_json_holds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,13 +120,18 @@ def test_json_is_what_report_json_holds(folder: Path, capsys: pytest.CaptureFixt
     assert code == 0
     report = json.loads(out)
     assert report == json.loads((folder / "cmp" / "report.json").read_text())
-    assert [report[side]["name"] for side in "ab"] == ["base", "hd"]
-    assert report["a"]["scores"] == json.loads((folder / "base" / "scores.json").read_text())
-    assert report["b"]["run"]["prompt"] == PROMPT
-    difference = report["comparison"]["difference"]["mean"]["f1"]
+    base, hd = report["contestants"]
+    assert (base["name"], hd["name"]) == ("base", "hd")
+    assert base["scores"] == json.loads((folder / "base" / "scores.json").read_text())
+    assert hd["run"]["prompt"] == PROMPT
+    assert [entry["questions"] for entry in report["questions"]["splits"]] == [120] * 3
+    assert report["by_size"] is None
+    [pair] = report["comparison"]["pairs"]
+    difference = pair["difference"]["mean"]["f1"]
     assert difference["low"] <= difference["value"] <= difference["high"]
     assert 0 < difference["p"] <= 1
-    assert report["comparison"]["mcnemar"]["all"] == {
+    assert pair["power"]["all"]["difference"] == pytest.approx(21 / 360)
+    assert pair["mcnemar"]["all"] == {
         "only_a": 6, "only_b": 27, "p": pytest.approx(0.000324, rel=1e-2),
     }  # fmt: skip
 
@@ -157,7 +168,7 @@ def test_foreign_answers_are_compared_with_question_files(
     code, out, _ = run(capsys, *words, "--out", folder / "cmp")
     assert code == 0
     assert "No difference is shown" not in out  # the original parser takes B for a no
-    assert "How a and b was run is not known" in out
+    assert "How a and b were run is not known" in out
     code, out, _ = run(capsys, *words, "--out", folder / "cmp", "--parser", "strict")
     assert code == 0
     assert "No difference is shown" in out
@@ -203,7 +214,8 @@ def test_folders_of_the_same_name_are_told_apart(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["base"], "b"),
+        (["base"], "two models or more"),
+        (["base", "base"], "two models are called"),
         (["base", "nothing"], "nothing"),
         (["base", "images"], "no answers.jsonl"),
         (["base", "hd", "--parser", "loose"], "'loose'"),
@@ -212,6 +224,7 @@ def test_folders_of_the_same_name_are_told_apart(
         (["base", "hd", "--out", "images/photo_0.png/deep/x"], "images/photo_0.png is a file"),
         (["base", "hd", "--images", "pope"], "photo_0.png"),
         (["base", "hd", "--names", "m", "m"], "--names"),
+        (["base", "hd", "--names", "m", "n", "o"], "--names gives 3 names for 2 models"),
         (["base", "hd", "--out", "images/photo_0.png"], "is a file"),
     ],
 )
@@ -243,8 +256,10 @@ def test_few_images_get_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is better" not in page
     report = json.loads((folder / "cmp" / "report.json").read_text())
     assert report["warnings"][0].startswith(said)
-    assert report["comparison"]["difference"]["mean"]["f1"]["p"] is None
-    assert report["comparison"]["mcnemar"]["all"]["only_b"] > 0
+    [pair] = report["comparison"]["pairs"]
+    assert pair["difference"]["mean"]["f1"]["p"] is None
+    assert pair["mcnemar"]["all"]["only_b"] > 0
+    assert pair["power"]["all"]["design_effect"] is None
 
 
 def test_damaged_and_missing_images_leave_cards_without_pictures(
@@ -296,18 +311,92 @@ def test_nothing_is_written_when_the_report_cannot_be_made(
 
 
 def test_a_question_of_several_splits_is_one_example(folder: Path) -> None:
-    from llava_hd.bench.compare_report import discordant
+    from llava_hd.bench.compare_gallery import discordant
     from llava_hd.bench.contestants import read_contestant
 
-    a, b = (read_contestant(name, folder / name) for name in ("base", "hd"))
-    only_b, only_a = discordant(a, b, "original")
-    for pairs in (only_a, only_b):
-        shown = [(x.image, x.question) for x, _ in pairs]
+    sides = [read_contestant(name, folder / name) for name in ("base", "hd")]
+    groups = discordant(sides, "original")
+    for rows in groups.values():
+        shown = [(row[0].image, row[0].question) for row in rows]
         assert len(set(shown)) == len(shown)
-        assert all(x.key == y.key for x, y in pairs)
+        assert all(x.key == y.key for x, y in rows)
     # ids of `yes` questions are the same in all splits, those of `no` questions are not
-    assert len(only_a) == 2
+    assert list(groups) == [(False, True), (True, False)]  # the larger group first
+    only_b = groups[False, True]
     assert len(only_b) == 5 + 4 * 3
+    assert len(groups[True, False]) == 2
     assert {asdict(x)["split"] for x, _ in only_b[:3]} == {"random", "popular", "adversarial"}
-    swapped = discordant(replace(b, name="b"), replace(a, name="a"), "original")
-    assert [y for _, y in swapped[1]] == [x for x, _ in only_b]
+    swapped = discordant(sides[::-1], "original")
+    assert [y for _, y in swapped[True, False]] == [x for x, _ in only_b]
+
+
+def test_three_models_are_set_against_the_first_and_against_each_other(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(folder, "flex", wrong={2, 5, 13, 20}, preset="hdflex")
+    words = [folder / name for name in ("base", "hd", "flex")]
+    code, out, _ = run(capsys, *words, "--out", folder / "cmp")
+    assert code == 0
+    assert "…" not in out
+    for said in (
+        "base (A) and hd (B)",
+        "base (A) and flex (B)",
+        "A hd, B flex, all",
+        "Mean F1, highest first: hd 0.",
+        "flex is better: mean F1",
+    ):
+        assert said in out, said
+    page = (folder / "cmp" / "report.html").read_text()
+    for said in ("Each model against base.", "All 3 pairs.", "Cohen&#39;s kappa", "hd: 5 tiles"):
+        assert said in page, said
+    assert "Only hd and flex are right: the first" in page
+    assert {path.name for path in (folder / "cmp" / "charts").iterdir()} == {
+        f"{name}.png" for name in ("f1", "yes_ratio", "difference_2", "difference_3", "agreement")
+    }
+    report = json.loads((folder / "cmp" / "report.json").read_text())
+    pairs = [(pair["a"], pair["b"]) for pair in report["comparison"]["pairs"]]
+    assert pairs == [("base", "hd"), ("base", "flex"), ("hd", "flex")]
+    assert report["comparison"]["agreement"]["same"][0][0] == 1
+
+
+def test_boxes_beside_the_images_give_f1_by_size(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boxes = {
+        image_name(number): {
+            "size": [60, 80],
+            "objects": [
+                {"word": word, "box": [0, 0, side, side]}
+                for word, side in (("apple", 8), ("cup", 16), ("eel", 40))
+            ],
+        }
+        for number in range(20)
+    }
+    path = folder / "boxes.json"
+    path.write_text(json.dumps(boxes))
+    words = [folder / "base", folder / "hd", "--out", folder / "cmp"]
+    run(capsys, *words)
+    report = json.loads((folder / "cmp" / "report.json").read_text())
+    assert [group["questions"] for group in report["by_size"]["groups"]] == [60, 60, 60]
+    assert report["by_size"]["boxes"] == str(path)
+    page = (folder / "cmp" / "report.html").read_text()
+    assert "F1 by the size of the object" in page
+    assert (folder / "cmp" / "charts" / "sizes.png").is_file()
+    path.rename(folder / "moved.json")
+    code, out, _ = run(capsys, *words, "--boxes", folder / "moved.json", "--json")
+    assert code == 0
+    assert json.loads(out)["by_size"]["groups"] == report["by_size"]["groups"]
+    code, _, err = run(capsys, *words, "--boxes", folder / "none.json")
+    assert (code, err.count("\n")) == (2, 1)
+    (folder / "moved.json").write_text(json.dumps({"other.png": {"size": [1, 1], "objects": []}}))
+    code, _, err = run(capsys, *words, "--boxes", folder / "moved.json")
+    assert (code, err.count("\n")) == (3, 1)
+    assert "--boxes" in err
+
+
+def test_the_report_loads_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
+    page = (folder / "cmp" / "report.html").read_text()
+    assert not re.search(r"<script|<link|@import|(src|href)=\W*https?:|url\(\W*https?:", page)
+    for said in ("original (bench/pope.py)", "120 questions about 20 images, 60 yes: no published"):
+        assert said in page

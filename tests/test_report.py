@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import random_image
 
+from llava_hd.bench.bootstrap import Estimate
 from llava_hd.bench.charts import INK, bar_chart, difference_chart, line_chart, trailing_mean
-from llava_hd.bench.compare import Estimate
 from llava_hd.bench.report import (
     Card,
     CardAnswer,
@@ -78,7 +78,7 @@ def charts() -> list[Chart]:
 
 def every_block() -> list[Section]:
     shown = picture(random_image((30, 40)), NASTY, NASTY)
-    card = Card(NASTY, "yes", [CardAnswer(NASTY, NASTY, True), CardAnswer("b", "", False)], shown)
+    card = Card(NASTY, "yes", [CardAnswer(NASTY, NASTY, True), CardAnswer("b", "", False)], [shown])
     return [
         Section(NASTY, NASTY, [Note(NASTY), Note("fine", "good"), Note("beware", "warning")]),
         Section("facts", "", [Facts([(NASTY, NASTY)]), Table([NASTY, "n"], [[NASTY, "1"]], NASTY)]),

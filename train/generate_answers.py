@@ -12,14 +12,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from .generate_context import Context
+from .generate_request import Invalid
 from .generate_settings import Kind
 from .mixture_fields import unusable
 
 Rounds = tuple[tuple[str, str], ...]  # (question, answer)
-
-
-class Invalid(Exception):
-    """Why an answer is not taken."""
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Journal:
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{path}:{number}: is no line of a journal; restore the file, or take the line "
-                    "out to have its image asked about again"
+                    "out to have it asked again"
                 ) from error
 
 

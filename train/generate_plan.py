@@ -75,6 +75,14 @@ class Work:
         image = str(PurePosixPath(self.settings.image_prefix) / task.image)
         return {"id": task.key, "image": image, "conversations": turns}
 
+    @property
+    def tries(self) -> int:
+        return self.settings.tries
+
+    def take(self, task: Task, text: str) -> dict[str, Any]:
+        """The record of an answer; raises generate_request.Invalid."""
+        return self.record(task, self.rounds(task, text))
+
     def in_order(self) -> list[Task]:
         """The tasks in the order of the written file: shuffled, whatever the order of asking."""
         seed = self.settings.seed

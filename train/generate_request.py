@@ -50,5 +50,9 @@ class Refused(Exception):
     """The server does not take this request (400, 413, 422); another one may be fine."""
 
 
+class Invalid(Exception):
+    """Why an answer is not taken, in few words; another one may be."""
+
+
 class Unanswered(Exception):
     """No answer after all retries: rate limit, server error, timeout, no connection."""

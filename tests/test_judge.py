@@ -1,0 +1,408 @@
+"""The judge: what it reads, scores, the relative score; the command against a local server."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai_server import Asked, OpenAIServer, Say, failing
+from tiny import random_image, save_llava_next, tiny_tokenizer
+
+from llava_hd.bench.judge import (
+    OWN_RULE,
+    SYSTEM,
+    JudgeSettings,
+    JudgeWork,
+    read_bench,
+    read_contexts,
+    read_rules,
+    read_scores,
+    relative_scores,
+    rules_digest,
+)
+from llava_hd.cli.main import main
+from llava_hd.hd.errors import DataError
+from llava_hd.train.generate_request import Invalid
+
+KEY = "sk-test-judge-0123456789"
+CATEGORIES = ("conv", "detail", "complex")
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def make(folder: Path, num_images: int = 4) -> Path:
+    """LLaVA-Bench's files: three questions about each image; answers of two sides."""
+    questions, context = [], []
+    for image in range(num_images):
+        name = f"{image:03}.png"
+        context.append({"image": name, "caption": [f"A scene {image}.", "It is calm."]})
+        for category in CATEGORIES:
+            number = len(questions)
+            text = f"What about {number}?"
+            line = {"question_id": number, "image": name, "text": text, "category": category}
+            questions.append(line)
+    write_lines(folder / "questions.jsonl", questions)
+    write_lines(folder / "context.jsonl", context)
+    for side in ("reference", "answers"):
+        lines = [{"question_id": q["question_id"], "text": f"{side} {i}"} for i, q in
+                 enumerate(questions)]  # fmt: skip
+        write_lines(folder / f"{side}.jsonl", lines)
+    return folder
+
+
+def work_of(folder: Path, **settings: Any) -> JudgeWork:
+    questions = read_bench(folder / "questions.jsonl")
+    texts = {
+        side: {q.key: f"{side} {q.key}" for q in questions} for side in ("reference", "answers")
+    }
+    contexts = read_contexts(folder / "context.jsonl", questions)
+    own = JudgeSettings("judge", **settings)
+    return JudgeWork(own, questions, contexts, read_rules(None), **texts)
+
+
+def test_the_judge_reads_what_llavas_judge_read(tmp_path: Path) -> None:
+    work = work_of(make(tmp_path))
+    request = work.request(work.tasks[1])
+    assert request.messages == (
+        ("system", SYSTEM),
+        (
+            "user",
+            "[Context]\nA scene 0.\nIt is calm.\n\n[Question]\nWhat about 1?\n\n"
+            "[Assistant 1]\nreference 1\n\n[End of Assistant 1]\n\n"
+            "[Assistant 2]\nanswers 1\n\n[End of Assistant 2]\n\n"
+            f"[System]\n{OWN_RULE}\n\n",
+        ),
+    )
+    assert (request.max_tokens, request.temperature) == (1024, 0.2)
+    seeds = {work.request(work.tasks[1], attempt).seed for attempt in range(3)}
+    assert len(seeds) == 3
+
+
+def test_in_the_other_order_the_scores_are_turned_back(tmp_path: Path) -> None:
+    work = work_of(make(tmp_path), both_orders=True)
+    assert len(work.tasks) == 24
+    swapped = work.tasks[12]
+    text = work.request(swapped).messages[1][1]
+    assert "[Assistant 1]\nanswers 0\n" in text and "[Assistant 2]\nreference 0\n" in text
+    assert work.take(swapped, "7 9\nwhy")["tuple"] == [9, 7]
+    assert work.take(work.tasks[0], "7 9\nwhy")["tuple"] == [7, 9]
+    assert len({task.key for task in work.tasks}) == 24
+
+
+@pytest.mark.parametrize(
+    ("text", "scores"),
+    [
+        ("8 6\nBecause.", (8, 6)),
+        ("8, 6", (8, 6)),
+        ("8,6", (8, 6)),
+        ("\n 8.5 10 \n", (8.5, 10)),
+        ("(8, 6)", (8, 6)),
+        ("8/10 6/10", (8, 6)),
+    ],
+)
+def test_scores_are_read_from_the_first_line(text: str, scores: tuple[float, float]) -> None:
+    assert read_scores(text) == scores
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "Both are fine.", "8", "8 6 7", "0 5", "8 11", "-8 6", "nan 5", "86", "Scores below\n8 6"],
+)
+def test_nonsense_is_no_score(text: str) -> None:
+    with pytest.raises(Invalid):
+        read_scores(text)
+
+
+def review(question: int, category: str, pair: tuple[float, float]) -> dict[str, Any]:
+    return {"question_id": str(question), "category": f"llava_bench_{category}", "tuple": pair}
+
+
+def test_the_relative_score_is_the_quotient_of_the_means(tmp_path: Path) -> None:
+    questions = read_bench(make(tmp_path) / "questions.jsonl")
+    pairs = itertools.cycle([(8.0, 6.0), (10.0, 7.0), (9.0, 9.0), (4.0, 5.0)])
+    reviews = [review(int(q.key), q.category, next(pairs)) for q in questions]
+    found = relative_scores(questions, reviews, resamples=100)
+    first, second = (sum(r["tuple"][i] for r in reviews) for i in (0, 1))
+    assert found["all"]["relative_score"] == pytest.approx(100 * second / first)
+    assert found["all"]["judgements"] == 12
+    assert found["all"]["interval"] is None  # four images
+    conv = [r["tuple"] for r in reviews if r["category"].endswith("conv")]
+    assert found["conv"]["relative_score"] == pytest.approx(
+        100 * sum(b for _, b in conv) / sum(a for a, _ in conv)
+    )
+
+
+def test_the_interval_is_over_images(tmp_path: Path) -> None:
+    questions = read_bench(make(tmp_path, num_images=24) / "questions.jsonl")
+    reviews = [review(int(q.key), q.category, (8, 4 + int(q.key) % 5)) for q in questions]
+    found = relative_scores(questions, reviews, resamples=500)["all"]
+    low, high = found["interval"]
+    assert low < found["relative_score"] < high
+
+
+def test_llavas_rules_are_taken_from_its_file(tmp_path: Path) -> None:
+    rules = {f"llava_bench_{c}": {"role": "Judge", "prompt": f"Rate {c}."} for c in CATEGORIES}
+    path = tmp_path / "rule.json"
+    path.write_text(json.dumps(rules))
+    found = read_rules(path)
+    assert found["detail"] == ("Judge", "Rate detail.")
+    assert rules_digest(found) != rules_digest(read_rules(None))
+    path.write_text(json.dumps({"llava_bench_conv": rules["llava_bench_conv"]}))
+    with pytest.raises(DataError, match="llava_bench_detail is missing"):
+        read_rules(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "said"),
+    [
+        ("questions", {"question_id": 1, "image": "a", "text": "b", "category": "x"}, "category"),
+        ("questions", {"image": "a", "text": "b", "category": "conv"}, "question_id is missing"),
+        ("context", {"image": "000.png", "caption": ""}, "no caption of 000.png"),
+        ("context", {"image": "other.png", "caption": ["x"]}, "no caption of 000.png"),
+    ],
+)
+def test_bad_files_are_told_by_file_and_field(
+    tmp_path: Path, name: str, record: dict[str, Any], said: str
+) -> None:
+    folder = make(tmp_path)
+    write_lines(folder / f"{name}.jsonl", [record])
+    with pytest.raises(DataError, match=said) as caught:
+        work_of(folder)
+    assert f"{name}.jsonl" in str(caught.value)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def judged(number: int, asked: Asked) -> Say:
+    """8 for the reference, 6 for the model, whatever the order."""
+    text = asked.body["messages"][-1]["content"]
+    scores = "6 8" if "[Assistant 1]\nanswers" in text else "8 6"
+    return Say(f"{scores}\nThe one is better.")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    return make(tmp_path)
+
+
+def words_of(folder: Path, server: OpenAIServer, *more: object) -> list[str]:
+    files = [f"--{name}={folder / name}.jsonl" for name in
+             ("questions", "context", "reference", "answers")]  # fmt: skip
+    options = ["--model", "judge", "--endpoint", server.url, "--out", folder / "out", *more]
+    return [str(word) for word in ("judge", *files, *options)]
+
+
+def files_of(folder: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted((folder / "out").iterdir()))
+
+
+def test_all_pairs_are_judged_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with OpenAIServer(judged) as server:
+        assert main(words_of(folder, server, "--json")) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert scores["categories"]["all"]["relative_score"] == 75
+        assert set(scores["categories"]) == {"all", *CATEGORIES}
+        assert (scores["judge"], scores["rejected"]) == ("judge", 0)
+        assert len(server.asked) == 12 and {asked.key for asked in server.asked} == {KEY}
+        assert main(words_of(folder, server)) == 0  # all is there: nothing is asked
+        assert len(server.asked) == 12
+    out = capsys.readouterr().out
+    assert "75.0" in out and "our own" in out
+    lines = [json.loads(x) for x in (folder / "out" / "reviews.jsonl").read_text().splitlines()]
+    assert [line["tuple"] for line in lines] == [[8, 6]] * 12
+    assert KEY not in files_of(folder)
+
+
+def test_both_orders_give_the_same_where_the_judge_does_not_care(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with OpenAIServer(judged) as server:
+        assert main(words_of(folder, server, "--both-orders", "--json")) == 0
+        assert len(server.asked) == 24
+    assert json.loads(capsys.readouterr().out)["categories"]["all"]["relative_score"] == 75
+
+
+def test_nonsense_is_asked_again_and_in_the_end_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def script(number: int, asked: Asked) -> Say:
+        text = asked.body["messages"][-1]["content"]
+        never = "What about 3?" in text
+        first = sum(text == other.body["messages"][-1]["content"] for other in server.asked) == 1
+        return Say("They are equally good.") if never or first else judged(number, asked)
+
+    with OpenAIServer(script) as server:
+        assert main(words_of(folder, server, "--tries", 2, "--json")) == 0
+        assert len(server.asked) == 24
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["rejected"] == 1
+    assert scores["categories"]["all"]["judgements"] == 11
+    assert scores["categories"]["all"]["relative_score"] == 75
+    [rejected] = (folder / "out" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["key"] == "3"
+    assert json.loads(rejected)["reason"] == "no two scores on the first line"
+
+
+def test_a_judge_that_only_talks_nonsense_is_a_failure(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with OpenAIServer(lambda number, asked: Say("Nice.")) as server:
+        assert main(words_of(folder, server, "--tries", 1)) == 1
+    assert "no judgement can be read" in capsys.readouterr().err
+    assert not (folder / "out" / "scores.json").exists()
+
+
+def test_a_judge_that_times_out_loses_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = {"What about 5?", "What about 6?"}
+
+    def script(number: int, asked: Asked) -> Say | None:
+        text = asked.body["messages"][-1]["content"]
+        if any(question in text for question in slow):
+            return Say("8 6", seconds=1.5)
+        return judged(number, asked)
+
+    with OpenAIServer(script) as server:
+        patience = ["--timeout", 0.5, "--retries", 0]
+        assert main(words_of(folder, server, *patience)) == 1
+        err = capsys.readouterr().err
+        assert "2 requests got no answer" in err and "within 0.5 s" in err
+        assert "10 of 12 are done" in err and "start the same command again" in err
+        before = len(server.asked)
+        slow.clear()
+        assert main(words_of(folder, server, *patience)) == 0
+        assert len(server.asked) == before + 2
+    assert KEY not in files_of(folder) + err
+
+
+def test_requests_at_a_time_are_bounded(folder: Path) -> None:
+    now, most = [0], [0]
+
+    def script(number: int, asked: Asked) -> Say:
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        now[0] -= 1
+        return judged(number, asked)
+
+    with OpenAIServer(script) as server:
+        assert main(words_of(folder, server, "--concurrency", 3)) == 0
+    assert 1 < most[0] <= 3
+
+
+def test_a_wrong_key_is_told_without_the_key(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with OpenAIServer(lambda number, asked: failing(401, f"bad key {KEY}")) as server:
+        assert main(words_of(folder, server, "--debug")) == 2
+    done = capsys.readouterr()
+    assert "OPENAI_API_KEY" in done.err
+    assert KEY not in done.err + done.out + files_of(folder)
+
+
+def test_an_interrupted_run_goes_on(folder: Path) -> None:
+    def script(number: int, asked: Asked) -> Say:
+        return Say("8 6", seconds=0.0 if number < 4 else 0.6)
+
+    with OpenAIServer(script) as server:
+        words = words_of(folder, server, "--concurrency", 1)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llava_hd.cli.main", *words], stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, env={**os.environ, "OPENAI_API_KEY": KEY},
+        )  # fmt: skip
+        while len(server.asked) < 5 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 75, err
+        asked = len(server.asked)
+        assert main(words) == 0
+        assert len(server.asked) == 12  # nothing twice
+        assert asked < 12
+
+
+@pytest.mark.parametrize("other", ["--seed=1", "--both-orders", "--model=another"])
+def test_another_setting_does_not_go_into_the_same_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    with OpenAIServer(judged) as server:
+        assert main(words_of(folder, server)) == 0
+        assert main(words_of(folder, server, other)) == 2
+    assert " was " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (["--answers="], 2, "--answers is missing"),
+        (["--tries=0"], 2, "--tries 0"),
+        (["--temperature=3"], 2, "--temperature 3"),
+        (["--seed=-1"], 2, "--seed -1"),
+        (["--endpoint=ftp://x"], 2, "--endpoint"),
+        (["--answers=short.jsonl"], 3, "11 of 12 questions have no answer"),
+        (["--reference=strange.jsonl"], 3, "question_id 99 is not among"),
+    ],
+)
+def test_bad_usage_and_data_are_one_line_and_ask_nothing(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    code: int,
+    said: str,
+) -> None:
+    write_lines(folder / "short.jsonl", [{"question_id": 0, "text": "x"}])
+    write_lines(folder / "strange.jsonl", [{"question_id": 99, "text": "x"}])
+    monkeypatch.chdir(folder)
+    with OpenAIServer(judged) as server:
+        assert main([*words_of(folder, server), *change]) == code
+        assert not server.asked
+    err = capsys.readouterr().err
+    assert (said in err, err.count("\n")) == (True, 1)
+    assert not (folder / "out").exists()
+
+
+def test_a_missing_key_is_told_before_anything_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with OpenAIServer(judged) as server:
+        assert main(words_of(folder, server)) == 2
+        assert main(words_of(folder, server, "--no-key")) == 0
+    assert "holds no key" in capsys.readouterr().err
+
+
+def test_a_model_answers_the_bench_and_is_judged(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = folder / "model"
+    save_llava_next(model, "hd448")
+    tiny_tokenizer().save_pretrained(model)
+    (folder / "images").mkdir()
+    for number in range(4):
+        random_image((40, 50), number).save(folder / "images" / f"{number:03}.png")
+    words = ["eval", "llava-bench", "--model", model, "--questions", folder / "questions.jsonl"]
+    words += ["--images", folder / "images", "--out", folder / "asked", "--device", "cpu"]
+    words += ["--max-new-tokens", 4, "--batch-size", 5, "--json"]
+    assert main([str(word) for word in words]) == 0
+    assert json.loads(capsys.readouterr().out)["questions"] == 12
+    with OpenAIServer(lambda number, asked: Say("8 6")) as server:
+        assert main(words_of(folder, server, "--answers", folder / "asked")) == 0
+        texts = [asked.body["messages"][-1]["content"] for asked in server.asked]
+    answers = (folder / "asked" / "answers.jsonl").read_text().splitlines()
+    for line in map(json.loads, answers):
+        assert any(f"[Assistant 2]\n{line['text']}\n" in text for text in texts)
