@@ -18,8 +18,8 @@ def build_parser(command: str) -> Parser:
     """The options of `llava-hd export`."""
     parser = Parser(
         command,
-        "Write a model in another format: checked by reading it back, and whole, or not at all.\n"
-        "llava_next  transformers' LlavaNext (hd448, hdflex): transformers, vLLM, SGLang's fallback\n"
+        "Write a model in another format: checked by reading it back, whole or not at all.\n"
+        "llava_next  transformers' LlavaNext (hd448, hdflex): also vLLM, SGLang's fallback\n"
         "llava_hf    transformers' Llava (base336)\n"
         "llava       the original LLaVA layout: SGLang, LMDeploy, llama.cpp's converters",
         [

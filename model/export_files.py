@@ -21,6 +21,7 @@ from ..hd.tiler import CLIP_MEAN, CLIP_STD
 from .chat_template import chat_template
 from .config import LlavaHDConfig
 from .foreign import config_dict
+from .processor import save_tokenizer
 from .whole_folder import write_json
 
 BICUBIC = 3  # PIL's number of it
@@ -132,7 +133,7 @@ def write_processor(folder: Path, config: LlavaHDConfig, processor: str) -> None
 def write_tokenizer(folder: Path, source: Path, tokenizer: Any, config: LlavaHDConfig) -> None:
     """Tokenizer files that transformers 4 reads too, and the chat template in all its places."""
     template = chat_template(config.template, tokenizer.eos_token)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     listed = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ())]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,18 @@ from .prompt import IGNORE, IMAGE_TAG, Turn, encode_conversation, encode_questio
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Write a tokenizer's files. OSError where the disk is full: its library raises a bare
+    Exception then, with the system's number in its words."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Processor:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer files; the configuration is the model's config.json."""
-        self.tokenizer.save_pretrained(path)
+        save_tokenizer(self.tokenizer, path)
 
     def cut(self, image: Image) -> Cut:
         """The plan of an RGB image and its tiles."""

@@ -107,8 +107,9 @@ def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("write", "shards"), [(write_safetensors, 1), (write_safetensors, 3), (write_bin, 1), (write_bin, 3)]
-)  # fmt: skip
+    ("write", "shards"),
+    [(write_safetensors, 1), (write_safetensors, 3), (write_bin, 1), (write_bin, 3)],
+)
 def test_llava_next_is_read_in_every_layout(
     next_model: PreTrainedModel, layout: str, write, shards: int, tmp_path: Path
 ) -> None:
@@ -292,7 +293,9 @@ class Touch:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy", "plain pickle", "in a part", "non_lora", "stage 1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", ["zip", "legacy", "plain pickle", "in a part", "non_lora", "stage 1"]
+)
 def test_code_in_a_pickle_is_refused_and_not_run(
     kind: str, llava_model: PreTrainedModel, tmp_path: Path
 ) -> None:
@@ -391,8 +394,8 @@ LAYER = "language_model.model.layers.1.mlp.up_proj.weight"
     [
         (lambda s: s.pop(LAYER), r"lacks language\.causal_lm\.model\.layers\.1\.mlp\.up_proj"),
         (lambda s: s.pop("image_newline"), r"lacks projector\.row_end"),
-        (lambda s: s.update({LAYER: torch.zeros(2, 3)}), r"another shape: .*\(2, 3\), not \(64, 48\)"),
-        (lambda s: s.update({"language_model.model.extra": torch.ones(1)}), "unknown tensor .*extra"),
+        (lambda s: s.update({LAYER: torch.zeros(2, 3)}), r"shape: .*\(2, 3\), not \(64, 48\)"),
+        (lambda s: s.update({"language_model.model.new": torch.ones(1)}), "unknown tensor .*new"),
         (lambda s: s.update({"optimizer.x": torch.ones(1)}), "unknown tensor optimizer.x"),
         (lambda s: s.update({"model.image_newline": s["image_newline"].clone()}), "twice"),
         (lambda s: s.update({LAYER: torch.zeros(64, 48, dtype=torch.int8)}), "is torch.int8"),
@@ -528,8 +531,7 @@ def test_reading_needs_no_more_than_a_shard_above_the_model(write, tmp_path: Pat
     before, peak = map(float, done.stdout.split())
     print(f"model {size:.0f} MiB, largest shard {shard:.0f}, grew by {peak - before:.0f}")
     assert size > 150
-    # what is written goes out in shards too; here that is the whole model once
-    assert peak - before < 2 * size + shard + 40
+    assert peak - before < size + shard + 16
 
 
 def test_a_full_disk_leaves_no_target(next_model: PreTrainedModel, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Read an export with transformers 4 in a process of its own; prints what was found as JSON.
+"""Read exports with transformers 4 in a process of its own; prints what was found as JSON.
 
-    python transformers4_worker.py FOLDER PICTURE.png
+    python transformers4_worker.py PICTURE.png MODEL... [--tower CLIP...]
 
-Started by test_interop_transformers4.py with that version first on the path; nothing of ours is
+Started by test_export_transformers4.py with that version first on the path; nothing of ours is
 imported here.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -20,8 +21,9 @@ QUESTION = "What is in the image?"
 
 
 def report(folder: str, picture: str) -> dict[str, object]:
-    architecture = json.load(open(f"{folder}/config.json"))["architectures"][0]  # noqa: SIM115, PTH123
-    model_class = getattr(transformers, architecture)
+    """The four lists of wrong keys, the prompt, its ids and the logits of the last place."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    model_class = getattr(transformers, config["architectures"][0])
     model, info = model_class.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, attn_implementation="sdpa"
     )
@@ -34,8 +36,7 @@ def report(folder: str, picture: str) -> dict[str, object]:
     with torch.inference_mode():
         logits = model.eval()(**inputs).logits[0]
     return {
-        "version": transformers.__version__,
-        "wrong": {name: sorted(map(str, keys)) for name, keys in info.items()},
+        "wrong": names_of(info),
         "prompt": text,
         "ids": inputs["input_ids"][0].tolist(),
         "logits": logits[-1].tolist(),
@@ -44,10 +45,17 @@ def report(folder: str, picture: str) -> dict[str, object]:
 
 def tower_report(folder: str) -> dict[str, object]:
     """Of the tower of an export in the original layout."""
-    _, tower = CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
-    return {"wrong": {name: sorted(map(str, keys)) for name, keys in tower.items()}}
+    _, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
+    return {"wrong": names_of(info)}
+
+
+def names_of(info: dict[str, object]) -> dict[str, list[str]]:
+    return {kind: sorted(map(str, names)) for kind, names in info.items()}
 
 
 if __name__ == "__main__":
-    found = tower_report(sys.argv[1]) if len(sys.argv) == 2 else report(*sys.argv[1:])
-    print(json.dumps(found))
+    picture, *folders = sys.argv[1:]
+    split = folders.index("--tower")
+    found = [report(folder, picture) for folder in folders[:split]]
+    found += [tower_report(folder) for folder in folders[split + 1 :]]
+    print(json.dumps({"version": transformers.__version__, "found": found}))
