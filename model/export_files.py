@@ -21,7 +21,7 @@ from ..hd.tiler import CLIP_MEAN, CLIP_STD
 from .chat_template import chat_template
 from .config import LlavaHDConfig
 from .foreign import config_dict
-from .processor import save_tokenizer
+from .processor import save_tokenizer, with_bos
 from .whole_folder import write_json
 
 BICUBIC = 3  # PIL's number of it
@@ -133,6 +133,7 @@ def write_processor(folder: Path, config: LlavaHDConfig, processor: str) -> None
 def write_tokenizer(folder: Path, source: Path, tokenizer: Any, config: LlavaHDConfig) -> None:
     """Tokenizer files that transformers 4 reads too, and the chat template in all its places."""
     template = chat_template(config.template, tokenizer.eos_token)
+    tokenizer = with_bos(tokenizer)
     save_tokenizer(tokenizer, folder)
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -147,6 +148,8 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: Any, config: LlavaHDC
     values["added_tokens_decoder"] = {
         str(number): _token(token) for number, token in tokenizer.added_tokens_decoder.items()
     }
+    if tokenizer.bos_token is not None:
+        values["add_bos_token"] = True
     write_json(path, values)
     write_json(folder / "special_tokens_map.json", named | {"additional_special_tokens": listed})
     added = {str(token): i for i, token in sorted(tokenizer.added_tokens_decoder.items())}

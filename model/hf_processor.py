@@ -15,7 +15,7 @@ from ..hd.errors import UsageError
 from ..hd.image import as_rgb, load_image
 from .chat_template import chat_template as written_template
 from .config import LlavaHDConfig
-from .processor import Cut, Processor
+from .processor import Cut, Processor, with_bos
 from .prompt import IMAGE_TAG, SampleError, get_template
 
 
@@ -32,7 +32,7 @@ class LlavaHDProcessor(ProcessorMixin):
         self, tokenizer: Any, config: LlavaHDConfig, chat_template: str | None = None
     ) -> None:
         self.processor = Processor(tokenizer, config)
-        self.tokenizer = tokenizer
+        self.tokenizer = with_bos(tokenizer)
         self.image_token = IMAGE_TAG
         self.image_token_id = config.image_token_id
         if chat_template is None and not get_template(config.template).only_answers:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import processors
 from transformers import AutoConfig, AutoTokenizer
 
 from ..hd.image import image_size, load_image
@@ -34,6 +36,24 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+
+
+def with_bos(tokenizer: Any) -> Any:
+    """A tokenizer that begins a text with the token that training begins with, if it has one.
+
+    Our prompts are built without it; others' rely on the tokenizer, and some of transformers 5's
+    own Llama tokenizers leave the token out where 4.x adds it. The same object where it does.
+    """
+    begin = tokenizer.bos_token
+    if begin is None or tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
+        return tokenizer
+    copied = deepcopy(tokenizer)
+    copied.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A",
+        pair=f"{begin} $A $B",
+        special_tokens=[(begin, tokenizer.bos_token_id)],
+    )
+    return copied
 
 
 @dataclass(frozen=True)

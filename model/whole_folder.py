@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..hd.errors import LlavaHDError, UsageError
+from ..hd.errors import UsageError
 
 UNFINISHED = ".unfinished-"
 
@@ -29,8 +30,8 @@ def check_new(target: Path) -> None:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `target` at the end and vanishes after an exception.
 
-    Raises UsageError where `target` holds something already, LlavaHDError where the disk is full
-    or cannot be written.
+    Raises UsageError where `target` holds something already, OSError naming it where the disk is
+    full or cannot be written.
     """
     check_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +43,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         _sync(unfinished)
         unfinished.replace(target)
     except OSError as error:
-        reason = error.strerror or error
-        raise LlavaHDError(
-            f"--out {target} could not be written ({reason}); it is absent"
-        ) from error
+        reason = f"could not be written ({error.strerror or error}), so it is not there"
+        raise OSError(error.errno or errno.EIO, reason, str(target)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -58,6 +58,15 @@ def test_transformers_gives_the_same_logits_to_the_last_bit(
     assert not list(tmp_path.glob(".unfinished*"))
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_llama_tokenizer_splits_prompts_as_in_training(legacy: bool, tmp_path: Path) -> None:
+    model = native(tmp_path / "model", "hd448", legacy=legacy)
+    report = export_folder(model, tmp_path / "out", "llava_next")
+    assert report.check.same_ids and report.check.max_difference == 0.0
+    values = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert values["tokenizer_class"] == "LlamaTokenizerFast"  # 4.x knows no other
+
+
 @pytest.mark.parametrize(
     ("preset", "format", "options"),
     [*((p, f, {}) for p, f in PAIRS), ("hdflex", "llava", {}), ("base", "llava", {}),

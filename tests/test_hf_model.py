@@ -54,6 +54,15 @@ def test_the_auto_classes_know_our_folders(folder: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_llama_tokenizer_begins_with_the_first_token(tmp_path: Path) -> None:
+    folder = native(tmp_path / "model", "hd448", legacy=True)
+    processor = AutoProcessor.from_pretrained(folder)
+    [text] = processor.apply_chat_template(chats(1), add_generation_prompt=True)
+    made = processor(images=images()[0], text=text)
+    sample = Processor.from_pretrained(folder).question(QUESTIONS[0], images()[:1])
+    assert made["input_ids"][0] == list(sample.ids) and sample.ids[0] == 1
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_has_the_logits_that_each_question_has_alone(
