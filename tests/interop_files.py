@@ -12,10 +12,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tiny import tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny import IMAGE_ID, llava_next_config, text_config, tiny_tokenizer, vision_config
 from torch import Tensor
-from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from llava_hd.hd.grid import HDConfig
 
 Names = dict[str, Tensor]
 
@@ -208,3 +217,33 @@ def write_lora(
     }
     torch.save(rest, folder / "non_lora_trainables.bin")
     return downs, ups
+
+
+def change(folder: Path, edit: Callable[[Names], object]) -> None:
+    """Edit the tensors of a folder's one file."""
+    state = load_file(folder / "model.safetensors")
+    edit(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def next_model() -> PreTrainedModel:
+    """A random LlavaNext."""
+    torch.manual_seed(1)
+    return LlavaNextForConditionalGeneration(llava_next_config("hdflex")).eval()
+
+
+def llava_model() -> PreTrainedModel:
+    """A random LLaVA-1.5."""
+    torch.manual_seed(2)
+    config = LlavaConfig(
+        vision_config=vision_config(84),
+        text_config=text_config(),
+        image_token_index=IMAGE_ID,
+        vision_feature_layer=-2,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+SINGLE_VIEW = HDConfig(
+    tile_px=84, grids=(), global_view="pad", keep="all", row_end=False, pad_colour="mean"
+)
