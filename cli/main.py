@@ -27,6 +27,8 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("finetune",): ("train", "stage 2: train the projector, the row-end token and the LLM"),
     ("estimate",): ("estimate", "memory, time and price of a training run, before it runs"),
     ("merge-lora",): ("merge_lora", "make a LoRA adapter and its base one whole model, checked"),
+    ("import",): ("import_model", "others' checkpoints as a model of ours"),
+    ("export",): ("export_model", "a model in the formats of transformers, vLLM and SGLang"),
     ("eval", "pope"): ("eval_pope", "answer and score POPE, or score existing answers"),
     ("eval", "pack"): (
         "eval_pack",

@@ -21,6 +21,7 @@ from ..hd.grid import HDConfig
 from .attention import implementation
 from .config import LlavaHDConfig, read_config_json
 from .foreign import config_dict
+from .key_names import ROW_END
 from .language import check_supported
 from .llava_hd import LlavaHD
 from .processor import Processor
@@ -81,6 +82,16 @@ def assemble(
 
 def add_image_token(tokenizer: Any, causal_lm: PreTrainedModel) -> int:
     """Make sure of `<image>` and a padding token inside the vocabulary; the id of `<image>`."""
+    new = give_image_token(tokenizer)
+    rows = causal_lm.get_input_embeddings().num_embeddings
+    if new or len(tokenizer) > rows:
+        wanted = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        _enlarge(causal_lm, max(wanted, rows))
+    return tokenizer.convert_tokens_to_ids(IMAGE_TAG)
+
+
+def give_image_token(tokenizer: Any) -> list[str]:
+    """Make sure that a tokenizer knows `<image>` and a padding token; the words that are new."""
     vocabulary = tokenizer.get_vocab()
     new = [IMAGE_TAG] if IMAGE_TAG not in vocabulary else []
     tokenizer.add_special_tokens(
@@ -89,14 +100,7 @@ def add_image_token(tokenizer: Any, causal_lm: PreTrainedModel) -> int:
     if tokenizer.pad_token is None:
         new.append("<pad>")
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    rows = causal_lm.get_input_embeddings().num_embeddings
-    if new or len(tokenizer) > rows:
-        wanted = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        _enlarge(causal_lm, max(wanted, rows))
-    return tokenizer.convert_tokens_to_ids(IMAGE_TAG)
-
-
-ROW_END = "projector.row_end"
+    return new
 
 
 def take_projector(model: LlavaHD, folder: str | Path) -> None:

@@ -33,6 +33,11 @@ def read_config(folder: str | Path) -> LlavaHDConfig:
             return LlavaHDConfig.from_dict(values)
         except UsageError as error:
             raise UsageError(f"{folder}/config.json: {error}") from error
+    if "mm_vision_tower" in values:
+        raise UsageError(
+            f"{folder} is in the original LLaVA's layout; make it a model of ours first: "
+            f"llava-hd import {folder} --out DIR"
+        )
     readers = {"llava_next": _llava_next_geometry, "llava": _llava_geometry}
     if kind not in readers:
         hint = suggest(kind, (MODEL_TYPE, ADAPTER_TYPE, *readers))

@@ -6,7 +6,6 @@ random pixels in fp32, where the only difference allowed is the order of additio
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..hd.errors import LlavaHDError, UsageError
+from ..hd.errors import LlavaHDError
 from ..hd.plan import plan_image
 from .adapter import load_adapter, saved_dtype
 from .adapter_config import read_adapter_config
@@ -24,9 +23,9 @@ from .lora import merge_lora
 from .packing import PackedBatch, Sample, pack
 from .processor import Processor
 from .prompt import IGNORE
+from .whole_folder import check_new, whole_folder
 
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit, in fp32
-UNFINISHED = ".unfinished-"
 CHECK_WORDS = 24
 CHECK_SIZES = ((60, 40), (50, 200))  # (height, width) of the check's images
 
@@ -62,8 +61,7 @@ def merge_folder(
     """
     folder, target = Path(adapter), Path(out)
     config = read_adapter_config(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"--out {target} is not empty; give a new folder")
+    check_new(target)
     processor = Processor.from_pretrained(folder)
     wide = saved_dtype(folder) if dtype is None else dtype
 
@@ -131,16 +129,7 @@ def _round(model: LlavaHD, dtype: torch.dtype) -> None:
 
 
 def _write(model: LlavaHD, processor: Processor, target: Path, dtype: torch.dtype) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{UNFINISHED}{target.name}")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    try:
-        state = {
-            k: t.to(dtype) if t.is_floating_point() else t for k, t in model.state_dict().items()
-        }
+    state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in model.state_dict().items()}
+    with whole_folder(target) as unfinished:
         model.save_pretrained(unfinished, state_dict=state)
         processor.save_pretrained(unfinished)
-        unfinished.replace(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import processors
 from transformers import AutoConfig, AutoTokenizer
 
 from ..hd.image import image_size, load_image
@@ -20,6 +24,36 @@ from .prompt import IGNORE, IMAGE_TAG, Turn, encode_conversation, encode_questio
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Write a tokenizer's files. OSError where the disk is full: its library raises a bare
+    Exception then, with the system's number in its words."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+
+
+def with_bos(tokenizer: Any) -> Any:
+    """A tokenizer that begins a text with the token that training begins with, if it has one.
+
+    Our prompts are built without it; others' rely on the tokenizer, and some of transformers 5's
+    own Llama tokenizers leave the token out where 4.x adds it. The same object where it does.
+    """
+    begin = tokenizer.bos_token
+    if begin is None or tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
+        return tokenizer
+    copied = deepcopy(tokenizer)
+    copied.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A",
+        pair=f"{begin} $A $B",
+        special_tokens=[(begin, tokenizer.bos_token_id)],
+    )
+    return copied
 
 
 @dataclass(frozen=True)
@@ -48,7 +82,7 @@ class Processor:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer files; the configuration is the model's config.json."""
-        self.tokenizer.save_pretrained(path)
+        save_tokenizer(self.tokenizer, path)
 
     def cut(self, image: Image) -> Cut:
         """The plan of an RGB image and its tiles."""

@@ -142,6 +142,16 @@ def encode_question(
     return pieces.ids
 
 
+def prompt_text(turns: Sequence[Turn], template: str, end_token: str) -> str:
+    """What a conversation, or a question that waits for its answer, reads like: the same pieces as
+    text, with a tag for each image and without the token that begins every prompt."""
+    _check_roles(turns)
+    tags = sum(turn.text.count(IMAGE_TAG) for turn in turns if turn.role == "human")
+    pieces = _Words(end_token)
+    _write_turns(pieces, turns, [1] * tags, get_template(template))
+    return "".join(pieces.words)
+
+
 def check_turns(turns: Sequence[Turn]) -> None:
     """Raise SampleError unless the turns are a conversation that ends with an answer.
 
@@ -166,7 +176,7 @@ def _check_roles(turns: Sequence[Turn]) -> None:
 
 
 def _write_turns(
-    pieces: _Pieces, turns: Sequence[Turn], image_tokens: list[int], template: Template
+    pieces: _Pieces | _Words, turns: Sequence[Turn], image_tokens: list[int], template: Template
 ) -> None:
     """Write all turns; an unanswered last one is followed by the assistant's opening words."""
     tags = sum(turn.text.count(IMAGE_TAG) for turn in turns if turn.role == "human")
@@ -194,7 +204,7 @@ def _write_turns(
 
 
 def _write_human(
-    pieces: _Pieces, template: Template, waiting: str, text: str, counts: Sequence[int]
+    pieces: _Pieces | _Words, template: Template, waiting: str, text: str, counts: Sequence[int]
 ) -> str:
     """Write a human turn up to its last image; returns the text that still waits to be written."""
     waiting += template.user
@@ -205,6 +215,26 @@ def _write_human(
     if template.only_answers:
         return waiting
     return waiting + text + template.user_end + template.assistant
+
+
+class _Words:
+    """The text of a prompt that grows piece by piece."""
+
+    def __init__(self, end_token: str) -> None:
+        self.end_token = end_token
+        self.words: list[str] = []
+
+    def begin(self) -> None:
+        self.words = []
+
+    def text(self, text: str, learned: bool = False) -> None:
+        self.words.append(text)
+
+    def image(self, count: int) -> None:
+        self.words.append(IMAGE_TAG)
+
+    def end(self) -> None:
+        self.words.append(self.end_token)
 
 
 class _Pieces:

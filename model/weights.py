@@ -32,12 +32,11 @@ from transformers.utils import logging as transformers_logging
 from ..hd.errors import DataError
 from .adapter_config import is_adapter
 from .attention import implementation
-from .config import MODEL_TYPE, read_config_json
+from .config import MODEL_TYPE, LlavaHDConfig, read_config_json
 from .foreign import read_config
+from .key_names import HEAD, LANGUAGE, VISION
 from .llava_hd import LlavaHD
 
-VISION, LANGUAGE = "vision.clip.", "language.causal_lm."
-TIED_HEAD = LANGUAGE + "lm_head.weight"
 FOREIGN = {
     "llava_next": LlavaNextForConditionalGeneration,
     "llava": LlavaForConditionalGeneration,
@@ -68,7 +67,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict() if state_dict is None else state_dict)
     if model.config.text.get("tie_word_embeddings"):
-        state.pop(TIED_HEAD, None)
+        state.pop(HEAD, None)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
@@ -132,8 +131,18 @@ def _require_all(folder: Path, missing: Any, unexpected: Any, mismatched: Any = 
 
 
 def _load_native(folder: Path, dtype: torch.dtype, attention: str) -> LlavaHD:
-    config = read_config(folder)
-    state = read_state(folder)
+    return model_of(read_config(folder), read_state(folder), folder, dtype, attention)
+
+
+def model_of(
+    config: LlavaHDConfig,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    attention: str,
+) -> LlavaHD:
+    """The model of a configuration and its tensors under our names; attention is transformers'
+    word. DataError names `folder` where tensors are missing or left over."""
     clip = _from_state(
         CLIPVisionModel,
         CLIPVisionConfig.from_dict(dict(config.vision)),
