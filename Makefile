@@ -39,7 +39,7 @@ $(OLD): $(STAMP)
 	touch -c $@
 
 test: $(STAMP) $(OLD)
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
 faults: $(STAMP)

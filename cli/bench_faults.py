@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +30,7 @@ def build_parser(command: str) -> Parser:
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, help="parts; all of them by default")
     add("--quick", action="store_true", help="a few cases of each part")
+    add("--without-deepspeed", action="store_true", help="kill ours only, not its checkpoints too")
     add("--out", type=str, metavar="DIR", help="folder of the faults-PART.json; none with --quick")
     add("--docs", type=str, metavar="FILE", help="write the figures of the folder into this page")
     add("--json", action="store_true", help="print the record as JSON")
@@ -52,7 +54,7 @@ def run(args: Namespace) -> int:
         console.print(text, markup=False, soft_wrap=True)
 
     command = " ".join(["llava-hd", *sys.argv[1:]])
-    sizes = QUICK if args.quick else FULL
+    sizes = QUICK if args.quick else replace(FULL, rival=not args.without_deepspeed)
     records = run_faults(args.only or PARTS, sizes, out, command, progress)
     if page is not None and out is not None:
         text = page.read_text(encoding="utf-8")
