@@ -111,8 +111,7 @@ def test_one_good_record_is_enough_for_a_file_to_be_the_right_one(tmp_path, sets
 
 
 def test_a_damaged_part_of_a_parquet_file_is_left_out_of_a_run_by_modality(parts, tmp_path):
-    """Which samples have images is asked before any policy: a part that cannot be read has none,
-    and what is known to be bad is in no batch."""
+    """Which samples have images is asked before any policy: a part that cannot be read has none."""
     turns = [{"from": "human", "value": "is it?"}, {"from": "gpt", "value": "Yes"}]
     table = pa.table({"id": [str(i) for i in range(12)], "conversations": [turns] * 12})
     path = tmp_path / "d.parquet"
@@ -125,9 +124,8 @@ def test_a_damaged_part_of_a_parquet_file_is_left_out_of_a_run_by_modality(parts
     more = data.settings("skip") | {"stage": "pretrain", "data__template": "vicuna_v1"}
     more |= {"data__batching": "modality", "max_steps": None, "global_batch_size": 2}
     train(tiny_config(tmp_path, parts, tmp_path / "out", **more))
-    metrics = read_metrics(tmp_path / "out")
-    assert metrics and all(one.samples == 2 for one in metrics)
-    assert not (tmp_path / "out/bad_samples.jsonl").exists()
+    assert {line["index"] for line in told(tmp_path / "out")} <= {4, 5, 6, 7}
+    assert sum(one.samples for one in read_metrics(tmp_path / "out")) == 8
 
 
 @pytest.mark.parametrize(

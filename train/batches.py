@@ -35,8 +35,7 @@ class BatchOrder:
 
     num_samples: size of the data. samples_per_step: over all ranks and accumulation.
     samples_per_pass: of one rank's forward; packs have any number of them. has_image: bool
-    `[num_samples]`, for batching by modality; usable: bool, too, those that take part in it, all by
-    default. lengths: int `[num_samples]`; in tokens for packs,
+    `[num_samples]`, for batching by modality. lengths: int `[num_samples]`; in tokens for packs,
     in any unit for modality, not needed otherwise. pack_tokens: the limit of a pack.
     """
 
@@ -46,7 +45,6 @@ class BatchOrder:
     seed: int
     batching: Batching = "plain"
     has_image: np.ndarray | None = field(default=None, repr=False)
-    usable: np.ndarray | None = field(default=None, repr=False)
     lengths: np.ndarray | None = field(default=None, repr=False)
     pack_tokens: int | None = None
 
@@ -111,8 +109,7 @@ class BatchOrder:
     def kinds(self) -> list[np.ndarray]:
         """The samples with images, and those without, where there are any."""
         has_image = np.asarray(self.has_image)
-        usable = np.ones_like(has_image) if self.usable is None else self.usable
-        kinds = [np.flatnonzero(has_image & usable), np.flatnonzero(~has_image & usable)]
+        kinds = [np.flatnonzero(has_image), np.flatnonzero(~has_image)]
         return [kind for kind in kinds if len(kind)]
 
     def _deal(self, samples: np.ndarray) -> np.ndarray:

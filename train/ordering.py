@@ -34,11 +34,10 @@ def run_order(
     """The order of a run. Without measured lengths it tells how many steps there are, but not how
     packs and batches by modality are made up.
 
-    By modality, a sample counts as what is left of it: one whose image is known to be bad has none
-    (or, where bad ones are skipped, is in no batch).
+    By modality, a sample whose text is kept without its image, known to be bad, is one of text.
     """
     batching, lengths = config.data.batching, None
-    pack_tokens = has_image = usable = None
+    pack_tokens = has_image = None
     if batching in NEED_LENGTHS:
         lengths = np.zeros(len(records), dtype=np.int32) if measured is None else measured.total
         pack_tokens = 1
@@ -46,12 +45,10 @@ def run_order(
         pack_tokens = config.data.pack_tokens or default_pack_tokens(
             measured.total, config.per_device_batch_size, samples_per_step
         )
-    if batching == "modality" and measured is not None:
-        has_image, usable = measured.visual > 0, np.ones(len(records), dtype=bool)
-        for index in measured.faults:
-            usable[index] = config.data.bad_samples == "text_only" and measured.total[index] > 0
-    elif batching == "modality":
+    if batching == "modality":
         has_image = np.array([records.has_image(i) for i in range(len(records))])
+        if measured is not None and config.data.bad_samples == "text_only":
+            has_image[list(measured.faults)] = False
     return BatchOrder(
         num_samples=len(records),
         samples_per_step=samples_per_step,
@@ -59,7 +56,6 @@ def run_order(
         seed=config.seed,
         batching=batching,
         has_image=has_image,
-        usable=usable,
         lengths=lengths if batching in NEED_LENGTHS else None,
         pack_tokens=pack_tokens,
     )
