@@ -81,7 +81,7 @@ def train(config: TrainConfig, world: World) -> None:
         engine.step()
         losses.append(loss.item())
         norms.append(float(engine.get_global_grad_norm()))
-    state = gathered_state(engine.module, world)
+    state = gathered_state(engine.module, list(engine.module.state_dict()), world)
     if world.is_main:
         same = {name: torch.equal(state[name], tensor) for name, tensor in frozen.items()}
         engine.module.save_pretrained(config.output_dir, state_dict=state)

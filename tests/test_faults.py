@@ -18,6 +18,7 @@ from llava_hd.bench.faults import BEGIN, END, page_with
 
 COMMAND = [sys.executable, "-m", "llava_hd.cli.main", "bench", "faults", "--quick", "--json"]
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.timeout(900)  # one fixture makes all runs
 
 
 @pytest.fixture(scope="module")

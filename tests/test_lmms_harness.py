@@ -61,7 +61,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     worker = Path(__file__).with_name("lmms_worker.py")
     done = subprocess.run(
         [sys.executable, str(worker), json.dumps(asked)],
-        env={**os.environ, **offline},
+        env={**alone(), **offline},
         cwd=root,
         capture_output=True,
         text=True,
@@ -69,6 +69,12 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {**json.loads(done.stdout.splitlines()[-1]), "packs": root / "packs", "asked": tasks}
+
+
+def alone() -> dict[str, str]:
+    """The environment without a rank, which training in this process may have left in it."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in ranks}
 
 
 def rows(found: dict[str, Any], kind: str, task: str) -> list[dict[str, Any]]:

@@ -235,7 +235,7 @@ class PlacedPass:
 
 
 def heaviest_passes(
-    order: BatchOrder, samples: Samples, world_size: int, steps: range, padded: bool
+    order: BatchOrder, samples: Samples, world_size: int, steps: range, padded: bool = False
 ) -> tuple[PlacedPass, PlacedPass]:
     """Of these steps, the pass with most computed tokens (padding included) and the one with most
     tiles (first ones if equal); all samples must have been measured."""

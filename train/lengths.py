@@ -221,7 +221,7 @@ class _Indexed(Dataset):
             return UsageError(str(error))
 
 
-def is_dead_worker(error: RuntimeError) -> bool:
+def is_dead_worker(error: BaseException) -> bool:
     """Whether torch's loader says that one of its processes is gone."""
     return "exited unexpectedly" in str(error) or "killed by signal" in str(error)
 

@@ -72,20 +72,33 @@ def _own_or_told(fault: Exception | None, own: bool) -> Exception:
     return StoppedByPeer(type(fault) if isinstance(fault, LlavaHDError) else LlavaHDError)
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 @contextmanager
 def lost_peers(world: World, where: Callable[[], str]) -> Iterator[None]:
     """Say in a line `where` this rank stood (step, records, tiles) when a collective failed, or one
     of its loader processes died: torch tells that by a signal, wherever the rank is just then."""
     try:
         yield
-    except RuntimeError as error:
+    except LlavaHDError:
+        raise
+    except Exception as error:
         text = " ".join(str(error).split())
-        if is_dead_worker(error):
+        if any(is_dead_worker(one) for one in _chain(error)):
             raise LlavaHDError(
-                f"rank {world.rank}, {where()}: a loader process died, perhaps out of memory "
-                f"({text:.200}); lower data.num_workers and go on with --resume auto"
+                f"rank {world.rank}, {where()}: a loader process died, perhaps out of memory; "
+                "lower data.num_workers and go on with --resume auto"
             ) from error
-        if world.size == 1 or not any(word in text.lower() for word in LOST_PEER):
+        if (
+            not isinstance(error, RuntimeError)
+            or world.size == 1
+            or not any(word in text.lower() for word in LOST_PEER)
+        ):
             raise
         raise LlavaHDError(
             f"rank {world.rank}, {where()}: lost contact with another rank ({text:.200}); go on "
