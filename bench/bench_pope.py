@@ -11,10 +11,7 @@ processor's own time, which other work on the machine hardly changes, can stand 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,13 +28,13 @@ from ..model.prefix import shared_length
 from ..model.processor import Processor
 from ..model.rival import SIZES, load_rival, save_random
 from .bench_pope_race import ALONE, SHARED, Models, Request, Say, Tally, ask, differing, race
+from .files import result_folder, so_many_threads
 from .measure import (
     csv_text,
     device_name,
     environment,
     json_text,
     quantiles,
-    slug,
     write_results,
 )
 
@@ -58,24 +55,13 @@ def run_benchmark(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
     contestant), check (differing answers of the untimed longer ones), ratios (questions/s of the
     shared prefix over a rival's) and targets. Raises UsageError for a folder with results.
     """
-    out = result_folder(request.out, torch.device(request.device))
+    out = result_folder(request.out, torch.device(request.device), RECORD)
     with so_many_threads(request.threads):
         record = _measure(request, say)
     record["request"]["out"] = str(out)
     table = csv_text(record["rows"], list(record["rows"][0]))
     write_results(out, {TABLE: table, RECORD: json_text(record)})
     return record, out
-
-
-@contextmanager
-def so_many_threads(number: int) -> Iterator[None]:
-    """torch computes with so many threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measure(request: Request, say: Say) -> dict[str, Any]:
@@ -99,19 +85,6 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
         record["ratios"] += ratios_of(found, request, number)
     record["targets"] = targets_of(record["ratios"], request)
     return record
-
-
-def result_folder(out: Path | None, device: torch.device) -> Path:
-    """A folder without results: the given one, or bench/results/DEVICE/DATE and a number."""
-    if out is not None:
-        if (out / RECORD).exists():
-            raise UsageError(f"--out {out}: holds {RECORD} already; give another folder")
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out}: is a file; give a folder")
-        return out
-    day = Path("bench", "results", slug(device_name(device)), f"{datetime.now():%Y-%m-%d}")
-    names = (day if n == 1 else day.with_name(f"{day.name}-{n}") for n in count(1))
-    return next(folder for folder in names if not (folder / RECORD).exists())
 
 
 def load_models(request: Request) -> Models:

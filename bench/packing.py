@@ -13,9 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from ..train.lengths import LengthReader, Lengths, token_lengths
 from ..train.optimizer import build_optimizer, freeze
 from ..train.packs import default_pack_tokens
 from ..train.settings import OptimizerConfig
+from .files import result_folder, so_many_threads
 from .measure import (
     csv_text,
     device_name,
@@ -42,7 +41,6 @@ from .measure import (
     json_text,
     quantiles,
     rotated,
-    slug,
     write_results,
 )
 from .packing_data import MAX_LENGTH, SETTINGS, TEMPLATE, draw, nano_hd, picture, records_of
@@ -137,24 +135,13 @@ def run_benchmark(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
     time, and quantiles over the steps; `bound`: of computed tokens). Raises UsageError for a
     folder with results.
     """
-    out = result_folder(request.out)
-    with one_thread():
+    out = result_folder(request.out, torch.device("cpu"), RECORD)
+    with so_many_threads(1):
         record = _measure(request, say)
     record["request"]["out"] = str(out)
     table = csv_text(record["rows"], list(record["rows"][0]))
     write_results(out, {TABLE: table, RECORD: json_text(record)})
     return record, out
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch computes with one thread inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measure(request: Request, say: Say) -> dict[str, Any]:
@@ -177,27 +164,6 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
         record["rows"] += rows_of(setting, found, data.order)
         record["ratios"] += ratios_of(setting, found)
     return record
-
-
-def result_folder(out: Path | None) -> Path:
-    """A folder without results: the given one, or bench/results/DEVICE/DATE and a number."""
-    if out is not None:
-        if (out / RECORD).exists():
-            raise UsageError(f"--out {out}: holds {RECORD} already; give another folder")
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out}: is a file; give a folder")
-        return out
-    name = slug(device_name(torch.device("cpu")))
-    day = Path("bench", "results", name, f"{datetime.now():%Y-%m-%d}")
-    return next(folder for folder in _numbered(day) if not (folder / RECORD).exists())
-
-
-def _numbered(folder: Path) -> Iterator[Path]:
-    yield folder
-    number = 2
-    while True:
-        yield folder.with_name(f"{folder.name}-{number}")
-        number += 1
 
 
 def nano_model(seed: int) -> tuple[LlavaHD, Processor]:

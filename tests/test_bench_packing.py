@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from llava_hd.bench.files import result_folder
 from llava_hd.bench.packing import (
     RECORD,
     TABLE,
     Request,
     nano_model,
     prepare_data,
-    result_folder,
     run_benchmark,
 )
 from llava_hd.bench.packing_data import (
@@ -140,4 +140,4 @@ def test_bad_usage_is_told_before_anything_is_measured(tmp_path):
         run_benchmark(Request(out=tmp_path), print)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
-        result_folder(tmp_path / "file")
+        result_folder(tmp_path / "file", torch.device("cpu"), RECORD)

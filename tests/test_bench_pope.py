@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_hd.bench.bench_pope import RECORD, TABLE, load_models, result_folder, targets_of
+from llava_hd.bench.bench_pope import RECORD, TABLE, load_models, targets_of
 from llava_hd.bench.bench_pope_race import (
     ALONE,
     SHARED,
@@ -20,6 +20,7 @@ from llava_hd.bench.bench_pope_race import (
     contestants,
     differing,
 )
+from llava_hd.bench.files import result_folder
 from llava_hd.cli.main import main
 from llava_hd.hd.errors import UsageError
 
@@ -147,7 +148,7 @@ def test_bad_usage_is_told_in_one_line(
 def test_a_folder_with_a_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text("{}")
     with pytest.raises(UsageError, match=r"holds pope\.json already"):
-        result_folder(tmp_path, torch.device("cpu"))
+        result_folder(tmp_path, torch.device("cpu"), RECORD)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
-        result_folder(tmp_path / "file", torch.device("cpu"))
+        result_folder(tmp_path / "file", torch.device("cpu"), RECORD)
