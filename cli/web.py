@@ -21,9 +21,9 @@ from .listening import LOOPBACK_NAMES, is_loopback, listen, shown_address
 from .parser import Parser
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
-    from .web_session import Entrant, Hall, WebLimits
+    from .web_guard import Guard
+    from .web_session import Entrant, Hall
+    from .web_tab import WebLimits
 
 CONNECTIONS = 128  # open at a time; each page holds two
 MOST_MODELS = 2
@@ -69,22 +69,22 @@ def run(args: Namespace) -> int:
             file=sys.stderr,
         )
     with private_folder() as folder:
-        hall = _open_hall(args, limits)
+        hall = _open_hall(args, folder, limits)
         from .web_events import build_app
 
         names = LOOPBACK_NAMES if is_loopback(args.host) else None
-        app = build_app(hall, folder, names)
+        guard = build_app(hall, names)
         print(
             f"serving the page at http://{shown_address(listening)} (end with Ctrl-C)", flush=True
         )
-        serve(app, hall, listening)
+        serve(guard, hall, listening)
     return 0
 
 
 def _limits(args: Namespace) -> WebLimits:
     if find_spec("gradio") is None:
         raise UsageError("gradio is not installed; install it with: pip install 'llava-hd[web]'")
-    from .web_session import WebLimits
+    from .web_tab import WebLimits
 
     for name in ("max_new_tokens", "max_upload_mb", "max_pixels", "tabs", "queue"):
         if getattr(args, name) < 1:
@@ -122,7 +122,7 @@ def private_folder() -> Iterator[Path]:
         yield folder
 
 
-def _open_hall(args: Namespace, limits: WebLimits) -> Hall:
+def _open_hall(args: Namespace, folder: Path, limits: WebLimits) -> Hall:
     """The models, loaded, in their hall."""
     import torch
 
@@ -134,10 +134,10 @@ def _open_hall(args: Namespace, limits: WebLimits) -> Hall:
     device, dtype = device_and_dtype(args.device, args.dtype)
     names = model_names(args.model)
     entrants = []
-    for name, folder in zip(names, args.model, strict=True):
-        print(f"reading {folder} ...", file=sys.stderr, flush=True)
-        entrants.append(_load(name, Path(folder), device, getattr(torch, dtype)))
-    return Hall(entrants, limits)
+    for name, path in zip(names, args.model, strict=True):
+        print(f"reading {path} ...", file=sys.stderr, flush=True)
+        entrants.append(_load(name, Path(path), device, getattr(torch, dtype)))
+    return Hall(entrants, folder, limits)
 
 
 def _load(name: str, folder: Path, device: str, dtype: object) -> Entrant:
@@ -160,12 +160,18 @@ def model_names(folders: list[str]) -> list[str]:
     return [f"{number + 1}: {part[-1]}" for number, part in enumerate(parts)]
 
 
-def serve(app: ASGIApp, hall: Hall, listening: socket.socket) -> None:
+def serve(guard: Guard, hall: Hall, listening: socket.socket) -> None:
     """Answer requests at the socket until a signal ends it."""
     import uvicorn
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            hall.close()
+            guard.ended.set()
+            await super().shutdown(sockets)
+
     config = uvicorn.Config(
-        app,
+        guard,
         http="h11",
         ws="none",
         lifespan="on",
@@ -175,11 +181,10 @@ def serve(app: ASGIApp, hall: Hall, listening: socket.socket) -> None:
         proxy_headers=False,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=2,  # open pages hold connections that never end by themselves
+        timeout_graceful_shutdown=5,
     )
     with _ended_by_signals():
-        uvicorn.Server(config).run(sockets=[listening])
-    hall.close()
+        Server(config).run(sockets=[listening])
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What the web page does: each event of its components, from the tab that it belongs to.
 
-Everything that a page shows of a conversation comes from its `Tab` (web_session.py). Nothing is
+Everything that a page shows of a conversation comes from its `Tab` (web_tab.py). Nothing is
 taken from the browser but the question, the controls, and the path of an uploaded file, which must
 lie in the private folder.
 """
@@ -16,7 +16,6 @@ from typing import Any
 
 import gradio as gr
 from starlette.applications import Starlette
-from starlette.types import ASGIApp
 
 from ..hd.errors import LlavaHDError, UsageError
 from .web_guard import Guard, is_inside
@@ -25,11 +24,11 @@ from .web_pictures import (
     Picture,
     counts_html,
     draw_examples,
-    draw_tiles,
     fitting_presets,
     read_picture,
 )
-from .web_session import Geometry, Hall, Message, Tab
+from .web_session import Hall
+from .web_tab import Geometry, Message, Tab
 
 SECONDS_BETWEEN = 0.04  # a page is not told of every token
 DECODERS = 2  # uploads read at a time
@@ -37,9 +36,9 @@ DECODERS = 2  # uploads read at a time
 Updates = dict[Any, Any]  # component -> its new value, as Gradio takes it
 
 
-def build_app(hall: Hall, folder: Path, names: tuple[str, ...] | None) -> ASGIApp:
+def build_app(hall: Hall, names: tuple[str, ...] | None) -> Guard:
     """The page behind its guard. names: the host names that it answers to; None: any."""
-    page = build_page(hall, folder, draw_examples(folder / "examples"))
+    page = build_page(hall, draw_examples(hall.folder))
     app = gr.mount_gradio_app(
         Starlette(),
         page,
@@ -59,20 +58,20 @@ def build_app(hall: Hall, folder: Path, names: tuple[str, ...] | None) -> ASGIAp
     )
     # Mounted, Gradio would not check that the files it is told of are uploads; launched, it does.
     page.has_launched = page.is_running = True
-    return Guard(app, folder, hall.limits.images.max_bytes, names)
+    return Guard(app, hall.folder, hall.limits.images.max_bytes, names)
 
 
-def build_page(hall: Hall, private: Path, examples: Sequence[Path]) -> gr.Blocks:
-    """The page for the hall's models. private: the folder of its files, the only one served."""
+def build_page(hall: Hall, examples: Sequence[Path]) -> gr.Blocks:
+    """The page for the hall's models; gradio serves files of their folder alone."""
     names = [entrant.name for entrant in hall.entrants]
-    fitting = [fitting_presets(entrant.model.config.hd) for entrant in hall.entrants]
+    fitting = [fitting_presets(entrant.processor.config.hd) for entrant in hall.entrants]
     presets = list(dict.fromkeys(preset for fits in fitting for preset in fits))
-    with gr.Blocks(
-        analytics_enabled=False, title=TITLE, fill_width=True, delete_cache=(60, 600)
-    ) as page:
+    with gr.Blocks(analytics_enabled=False, title=TITLE, fill_width=True) as page:
         parts = lay_out(names, presets, examples)
-        _connect(page, Events(hall, parts, private, tuple(examples)))
-    page.queue(max_size=hall.limits.waiting, api_open=False, default_concurrency_limit=1)
+        _connect(page, Events(hall, parts, tuple(examples)))
+    # Questions are bounded by the hall, which can say so; this bounds whatever else comes.
+    most = 2 * hall.limits.waiting + hall.limits.max_tabs
+    page.queue(max_size=most, api_open=False, default_concurrency_limit=1)
     return page
 
 
@@ -109,7 +108,7 @@ def _connect(page: gr.Blocks, events: Events) -> None:
         events.answer, None, parts.shown, concurrency_id="answer", concurrency_limit=1, **hidden
     )
     answered.then(events.rest, None, parts.shown, **at_once)
-    parts.stop.click(events.stop, None, None, **at_once)
+    parts.stop.click(events.stop, None, parts.shown, **at_once)
     parts.clear.click(events.clear, None, parts.shown, **at_once)
 
 
@@ -119,7 +118,6 @@ class Events:
 
     hall: Hall
     parts: Parts
-    private: Path
     examples: tuple[Path, ...]
 
     def arrive(self, request: gr.Request) -> Updates:
@@ -137,9 +135,12 @@ class Events:
         name = "" if file is None else str(file.get("orig_name") or path)
 
         def read(tab: Tab) -> Picture:
-            if not is_inside(path, self.private):
+            if not self._is_upload(path):
                 raise UsageError("the upload is not here any more; upload it again")
-            return read_picture(Path(path), name, self.hall.limits.images, self.private)
+            try:
+                return self._read(Path(path), name)
+            finally:
+                tab.discard([Path(path)])
 
         return self._place(request, read)
 
@@ -151,9 +152,17 @@ class Events:
             if not isinstance(number, int) or not 0 <= number < len(self.examples):
                 raise UsageError("there is no such example; choose one that is shown")
             path = self.examples[number]
-            return read_picture(path, path.name, self.hall.limits.images, self.private)
+            return self._read(path, path.name)
 
         return self._place(request, read)
+
+    def _is_upload(self, path: str) -> bool:
+        """Gradio puts uploads into folders of their own; beside those lie the page's pictures."""
+        folder = self.hall.folder
+        return is_inside(path, folder) and Path(path).resolve().parent != folder.resolve()
+
+    def _read(self, path: Path, name: str) -> Picture:
+        return read_picture(path, name, self.hall.limits.images, self.hall.folder)
 
     def take_away(self, request: gr.Request) -> Updates:
         """The picture was taken away."""
@@ -199,23 +208,23 @@ class Events:
                 if time.monotonic() - shown >= SECONDS_BETWEEN:
                     shown = time.monotonic()
                     yield self._conversations(tab)
-            yield self._conversations(tab)
+            if not tab.left:
+                yield self._conversations(tab)
         except LlavaHDError as error:
             yield self._told(str(error))
 
     def rest(self, request: gr.Request) -> Updates:
-        """The answers are at their end, or were refused a place among those that wait."""
+        """The answers are at their end, or could not be made."""
+        return self._with_tab(request, self._restored)
 
-        def restore(tab: Tab) -> Updates:
-            unasked = tab.give_up()
-            given_back = {self.parts.question: unasked} if unasked else {}
-            return {**self._conversations(tab), **self._buttons(False), **given_back}
+    def stop(self, request: gr.Request) -> Updates:
+        """The stop button; a question that has to wait yet is given back at once."""
 
-        return self._with_tab(request, restore)
+        def end(tab: Tab) -> Updates:
+            tab.stop()
+            return self._buttons(True) if tab.is_answering else self._restored(tab)
 
-    def stop(self, request: gr.Request) -> None:
-        """The stop button."""
-        self.hall.find(_key(request)).stop()
+        return self._with_tab(request, end)
 
     def clear(self, request: gr.Request) -> Updates:
         """The clear button: the conversations are forgotten, the picture stays."""
@@ -232,6 +241,12 @@ class Events:
             return act(self.hall.find(_key(request)))
         except LlavaHDError as error:
             return self._told(str(error))
+
+    def _restored(self, tab: Tab) -> Updates:
+        """The page as it waits for a question; one that was not asked is given back."""
+        unasked = tab.give_up()
+        given_back = {self.parts.question: unasked} if unasked else {}
+        return {**self._conversations(tab), **self._buttons(False), **given_back}
 
     def _told(self, text: str) -> Updates:
         return {
@@ -268,12 +283,10 @@ class Events:
             counts: Updates = dict.fromkeys(self.parts.counts, NO_PICTURE)
             return {self.parts.upload: None, **pictures, **counts}
         updates: Updates = {self.parts.upload: str(tab.picture.thumbnail)}
-        for number, hd in enumerate(tab.geometries):
-            plan, path = draw_tiles(tab.picture.image, hd, self.private)
+        for number, (plan, path) in enumerate(tab.seen()):
+            name = self.hall.entrants[number].name
             updates[self.parts.pictures[number]] = str(path)
-            updates[self.parts.counts[number]] = counts_html(
-                self.hall.entrants[number].name, plan, tab.note(number)
-            )
+            updates[self.parts.counts[number]] = counts_html(name, plan, tab.note(number))
         return updates
 
 
@@ -282,8 +295,8 @@ def _key(request: gr.Request) -> str:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    """A message as Gradio's chatbot takes it."""
+    """A message as Gradio's chatbot takes it: it shows some HTML of a text, so none is left in."""
     if message.picture is not None:
         return {"role": message.role, "content": {"path": str(message.picture)}}
     note = f"  [{message.note}]" if message.note else ""
-    return {"role": message.role, "content": message.text + note}
+    return {"role": message.role, "content": html.escape(message.text, quote=False) + note}

@@ -13,9 +13,10 @@ functions by name, lists its API. None of that is needed here. The guard stands 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +64,26 @@ class Guard:
 
     names: the host names that are answered to (lower case, without port); None: any.
     max_upload_bytes: of the file of one upload.
+    ended: once set, the streams of open pages end, which never would by themselves.
     """
 
     app: ASGIApp
     folder: Path
     max_upload_bytes: int
     names: tuple[str, ...] | None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        unfinished = False
 
         async def answer(message: Message) -> None:
+            nonlocal unfinished
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
+            unfinished = message["type"] != "http.response.body" or message.get("more_body", False)
             await send(message)
 
         try:
@@ -87,11 +93,30 @@ class Guard:
                 receive = self.checked(await whole_body(receive, limit), receive)
             elif limit is not None:
                 receive = bounded(receive, limit)
+            else:
+                receive = self.until_end(receive)
         except Refused as refused:
             plain = PlainTextResponse(refused.message, refused.status)
             await plain(scope, receive, answer)
             return
         await self.app(scope, receive, answer)
+        if unfinished and self.ended.is_set():
+            await answer({"type": "http.response.body", "body": b""})
+
+    def until_end(self, receive: Receive) -> Receive:
+        """A `receive` to which the client has gone when the server ends."""
+
+        async def watch() -> Message:
+            message = asyncio.ensure_future(receive())
+            end = asyncio.ensure_future(self.ended.wait())
+            try:
+                await asyncio.wait((message, end), return_when=asyncio.FIRST_COMPLETED)
+                return {"type": "http.disconnect"} if end.done() else await message
+            finally:
+                message.cancel()
+                end.cancel()
+
+        return watch
 
     def check_route(self, method: str, path: str, headers: Headers) -> int | None:
         """How many bytes the body may have, None where there is none. Raises Refused."""

@@ -34,7 +34,7 @@ footer, .chat [title="Clear"], .chat [title="Fullscreen"], .chat .message-button
 #examples .gallery-container { position: static; height: auto; min-height: 0; }
 #examples .grid-wrap { overflow: hidden; padding: 8px; }
 #examples .grid-container { grid-template-columns: repeat(4, 1fr) !important; padding: 0;
-  grid-template-rows: none !important; gap: 6px; }
+  grid-template-rows: none !important; grid-auto-rows: auto !important; gap: 6px; }
 #examples .thumbnail-item { aspect-ratio: 1; width: 100%; height: auto; }
 .chat .image-container img { max-height: 110px; width: auto !important; }
 .counts { line-height: 1.55; padding: 2px 4px; font-size: 0.95rem; }
@@ -113,7 +113,7 @@ def lay_out(names: Sequence[str], presets: Sequence[str], examples: Sequence[Pat
                 value=0,
                 step=1,
                 label="Most tiles of a grid",
-                info="0: as many as the geometry has.",
+                info="0: the grids of the geometry.",
                 elem_id="max-tiles",
             )
         columns = [_model_column(name, number, len(names)) for number, name in enumerate(names)]
@@ -129,7 +129,9 @@ def lay_out(names: Sequence[str], presets: Sequence[str], examples: Sequence[Pat
             elem_id="question",
         )
         send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="send")
-        stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False)
+        stop = gr.Button(
+            "Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="stop"
+        )
         clear = gr.Button("Clear", scale=1, min_width=90, elem_id="clear")
     chats, pictures, counts = zip(*columns, strict=True)
     return Parts(
@@ -142,7 +144,7 @@ def _model_column(name: str, number: int, total: int) -> tuple[Any, Any, Any]:
     """A model's chat, picture and counts: side by side where it is alone, else in one column."""
     if total == 1:
         with gr.Column(scale=4, min_width=320):
-            chat = _chat(name, number, 520)
+            chat = _chat(name, number, 540)
         with gr.Column(scale=4, min_width=320):
             picture, counts = _seen(number, 330)
         return chat, picture, counts
@@ -155,12 +157,12 @@ def _chat(name: str, number: int, height: int) -> Any:
     return gr.Chatbot(
         label=name,
         height=height,
-        render_markdown=False,  # an answer is text; nothing in it is made a link or a picture
+        render_markdown=False,  # an answer is text; nothing in it is made a link
         sanitize_html=True,
         allow_tags=False,
         latex_delimiters=[],
         feedback_options=None,
-        buttons=["copy"],
+        buttons=[],
         placeholder=f"{html.escape(name)} is waiting for a question.",
         elem_id=f"chat-{number}",
         elem_classes="chat",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import html
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..hd.errors import UsageError
 from ..hd.grid import PRESETS, HDConfig
 from ..hd.image import ImageError, ImageLimits, image_size, load_image, resize, save_png
+from ..hd.limits import ResolutionLimits, limited
 from ..hd.plan import TilePlan, plan_image
 from ..hd.preview import draw_plan
 
@@ -58,25 +61,37 @@ def _small(image: Image) -> Image:
     return resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
+def remove(paths: Iterable[Path]) -> None:
+    """Delete files that may be gone already."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
 def new_path(folder: Path) -> Path:
     """A name for a PNG that nobody can guess."""
     return folder / f"{secrets.token_hex(16)}.png"
 
 
 def fitting_presets(trained: HDConfig) -> list[str]:
-    """The presets that a model can be asked with: those with its row-ends, learned or absent, and
-    with a grid where it has one."""
-    return [
-        name
-        for name, preset in PRESETS.items()
-        if preset.row_end == trained.row_end and bool(preset.grids) == bool(trained.grids)
-    ]
+    """The presets that a model of this geometry can be asked with."""
+    return [name for name in PRESETS if _of_preset(trained, name).reads_like(trained)]
 
 
-def preset_geometry(trained: HDConfig, preset: str) -> HDConfig:
-    """The preset's geometry in the model's tiles; the trained one where the preset does not fit."""
-    if preset not in fitting_presets(trained):
+def chosen_geometry(trained: HDConfig, preset: str, max_tiles: int | None) -> HDConfig:
+    """The geometry that the controls say. preset: one of PRESETS or AS_TRAINED; max_tiles: all
+    grids of at most so many tiles instead. What a model cannot be asked with leaves it as it was
+    trained. Raises UsageError for values that no control has."""
+    if preset not in (*PRESETS, AS_TRAINED):
+        raise UsageError(f"geometry {preset!r} is unknown; choose one of the list")
+    limits = ResolutionLimits(max_tiles=max_tiles)
+    if not trained.grids:
         return trained
+    chosen = trained if preset == AS_TRAINED else _of_preset(trained, preset)
+    return limited(chosen if chosen.reads_like(trained) else trained, limits)
+
+
+def _of_preset(trained: HDConfig, preset: str) -> HDConfig:
+    """The preset's geometry in the model's tiles."""
     return replace(PRESETS[preset], tile_px=trained.tile_px, patch_px=trained.patch_px)
 
 
@@ -118,7 +133,6 @@ def draw_examples(folder: Path) -> list[Path]:
     """A few drawn scenes as PNG, of the kind that the nano models know."""
     from ..bench.scenes import dataset_scene, native_pixels
 
-    folder.mkdir()
     paths = [folder / f"scene-{number + 1}.png" for number in range(NUM_EXAMPLES)]
     for number, path in enumerate(paths):
         save_png(native_pixels(dataset_scene(0, "example", number)), path)
