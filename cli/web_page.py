@@ -144,13 +144,13 @@ def _model_column(name: str, number: int, total: int) -> tuple[Any, Any, Any]:
     """A model's chat, picture and counts: side by side where it is alone, else in one column."""
     if total == 1:
         with gr.Column(scale=4, min_width=320):
-            chat = _chat(name, number, 540)
+            chat = _chat(name, number, 562)
         with gr.Column(scale=4, min_width=320):
             picture, counts = _seen(number, 330)
         return chat, picture, counts
     with gr.Column(scale=4, min_width=320):
         picture, counts = _seen(number, 210)
-        return _chat(name, number, 290), picture, counts
+        return _chat(name, number, 250), picture, counts
 
 
 def _chat(name: str, number: int, height: int) -> Any:

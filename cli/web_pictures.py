@@ -120,12 +120,13 @@ def counts_html(name: str, plan: TilePlan, note: str = "") -> str:
         parts.append(f'<span class="map">{rows * cols} map ({rows} x {cols})</span>')
     if plan.num_row_ends:
         parts.append(f'<span class="ends">{plan.num_row_ends} row-ends</span>')
+    key = "yellow: tiles · green frame: kept cells" if plan.config.grids else "blue frame: the view"
     tiles = "one tile" if plan.num_tiles == 1 else f"{plan.num_tiles} tiles"
     told = f'<div class="told">{html.escape(note)}</div>' if note else ""
     return (
         f'<div class="counts"><div><b>What {html.escape(name)} sees: {plan.num_tokens} visual '
         f"tokens</b> from {tiles}</div><div>{' + '.join(parts)}</div>"
-        f'<div class="shape">{shape}</div>{told}</div>'
+        f'<div class="shape">{shape}<br>{key}</div>{told}</div>'
     )
 
 

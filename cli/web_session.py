@@ -34,9 +34,7 @@ class Hall:
     folder: where the pictures of the pages lie, as long as they are shown.
     """
 
-    def __init__(
-        self, entrants: Sequence[Entrant], folder: Path, limits: WebLimits = WebLimits()
-    ) -> None:
+    def __init__(self, entrants: Sequence[Entrant], folder: Path, limits: WebLimits) -> None:
         self.entrants, self.folder, self.limits = tuple(entrants), folder, limits
         self.lock = threading.Lock()  # held for a token of one model at a time
         self._tabs: OrderedDict[str, Tab] = OrderedDict()
@@ -58,6 +56,14 @@ class Hall:
             waiting = sum(tab.is_expecting for tab in self._tabs.values())
         if waiting >= self.limits.waiting:
             raise UsageError(f"busy: {waiting} questions wait already; ask again in a moment")
+
+    def free_memory(self) -> None:
+        """Let go what the models have read for all pages but the last few; the next question of
+        such a page reads its conversation again."""
+        with self._door:
+            quiet = list(self._tabs.values())[: -self.limits.max_caches]
+        for tab in quiet:
+            tab.drop_caches()
 
     def enter(self, key: str) -> Tab:
         """A new tab; the one that was quiet longest is put away when there are too many."""

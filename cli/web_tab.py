@@ -54,6 +54,7 @@ class WebLimits:
     max_question_chars: int = 20_000
     max_new_tokens: int = 512
     max_tabs: int = 16
+    max_caches: int = 4
     waiting: int = 16
     seconds_kept: float = 10.0
 
@@ -208,6 +209,14 @@ class Tab:
                 self._running = None
         if self.left:
             self.leave()
+        self.hall.free_memory()
+
+    def drop_caches(self) -> None:
+        """Let go what the models have read of the conversations, unless they are read just now."""
+        if self._alone.acquire(blocking=False):
+            for chat in self.chats:
+                chat.drop_cache()
+            self._alone.release()
 
     def _ask(self, number: int, picture: Picture | None) -> Generator[Piece]:
         """A model's answer to what is expected, not begun yet."""

@@ -20,7 +20,7 @@ from llava_hd.model.chat import ContextFull
 from llava_hd.model.generate import answer
 from llava_hd.model.prompt import SampleError
 
-LIMITS = WebLimits(max_new_tokens=12, max_tabs=3, waiting=2, seconds_kept=0.0)
+LIMITS = WebLimits(max_new_tokens=12, max_tabs=3, max_caches=1, waiting=2, seconds_kept=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +245,25 @@ def test_the_page_that_was_quiet_longest_makes_room(hall: Hall) -> None:
     hall.close()
     with pytest.raises(UsageError):
         hall.find("a")
+
+
+def test_what_was_read_is_kept_for_the_last_pages_alone(hall: Hall) -> None:
+    """max_caches is 1 here: the page that was asked last reads on, another one reads again."""
+
+    def kept(tab: Tab) -> int:
+        assert tab.chats[0].usage is not None
+        return tab.chats[0].usage.kept_tokens
+
+    first, second = hall.enter("a"), hall.enter("b")
+    for key, question in (("a", "the dog"), ("a", "the cat")):
+        ask(hall.find(key), question)
+    assert kept(first) > 20
+    ask(hall.find("b"), "the dog")
+    before = texts(first, 0)
+    ask(hall.find("a"), "red")
+    assert kept(first) == 0 and texts(first, 0)[: len(before)] == before
+    ask(hall.find("a"), "green")
+    assert kept(first) > 20 and second.chats[0].usage is not None
 
 
 def test_a_picture_of_every_format_can_be_asked_about(hall: Hall, tab: Tab) -> None:
