@@ -104,10 +104,11 @@ def tell_images(images: Iterable[Path], hd: HDConfig) -> TilePlan | None:
     counts = [plan.num_tokens for plan in plans]
     largest = max(plans, key=lambda plan: plan.num_tokens)
     tiles = max(plan.num_tiles for plan in plans)
-    mean = sum(counts) / len(counts)
+    least, most, mean = min(counts), max(counts), sum(counts) / len(counts)
+    spread = f"{most:,}" if least == most else f"{least:,} to {most:,} ({mean:,.0f} on average)"
     print(
-        f"images: {len(plans):,}, of {min(counts):,} to {max(counts):,} visual tokens "
-        f"({mean:,.0f} on average), at most {tiles} tile{'s' * (tiles > 1)} with the global view",
+        f"images: {len(plans):,}, of {spread} visual tokens, at most "
+        f"{tiles} tile{'s' * (tiles > 1)} with the global view",
         file=sys.stderr,
     )
     return largest
