@@ -119,9 +119,10 @@ def _within(height: int, width: int, config: HDConfig, limit: int) -> TilePlan:
     if not fitting:
         least = min(plans.values(), key=lambda plan: plan.num_tokens)
         where = f" (grid {least.grid[0]}x{least.grid[1]})" if config.grids else ""
+        smaller = ", or allow smaller grids (max_tiles)" if math.prod(least.grid) > 1 else ""
         raise TooManyTokens(
             f"an image of {height}x{width} px needs at least {least.num_tokens} visual tokens"
-            f"{where}, more than max_visual_tokens {limit}; raise it to {least.num_tokens}"
+            f"{where}, more than max_visual_tokens {limit}; raise it to {least.num_tokens}{smaller}"
         )
     if not config.grids:
         return fitting[0]

@@ -351,7 +351,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.file, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> str:
+    def wait_for(self, pattern: str, seconds: float = 120) -> str:
         """What is shown up to the first match, which is taken away."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):
@@ -403,7 +403,7 @@ def test_a_terminal_session(here: Path, model_dir: Path) -> None:
         terminal.wait_for(r"picture in tiles/a b.tiles.png")
         terminal.wait_for(r"> ")
         terminal.type("\x04")
-        assert terminal.process.wait(60) == 0
+        assert terminal.process.wait(120) == 0
     finally:
         terminal.close()
     kept = state / "llava-hd" / "chat_history"

@@ -120,7 +120,7 @@ def test_one_grid_is_forced_and_may_be_limited_too() -> None:
     with pytest.raises(
         TooManyTokens,
         match=r"an image of 480x640 px needs at least 1048 visual tokens \(grid 2x2\), more than "
-        r"max_visual_tokens 1000; raise it to 1048",
+        r"max_visual_tokens 1000; raise it to 1048, or allow smaller grids",
     ):
         plan_image((480, 640), tight)
     assert plan_image((100, 900), tight).num_tokens <= 1000
