@@ -234,7 +234,7 @@ class ChatSession:
         model, image_token_id = self.model, self.model.config.image_token_id
         if self._kept is None and self._keeps:
             layers = model.language.causal_lm.config.num_hidden_layers
-            self._kept = KeptPrompt(layers, image_token_id)
+            self._kept = KeptPrompt(layers, image_token_id, context_length(model))
         kept = self._kept
         length = 0 if kept is None else kept.keep_common(sample)
         self.usage = Usage(len(sample.ids), length)
