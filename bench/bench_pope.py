@@ -28,13 +28,14 @@ from ..model.prefix import shared_length
 from ..model.processor import Processor
 from ..model.rival import SIZES, load_rival, save_random
 from .bench_pope_race import ALONE, SHARED, Models, Request, Say, Tally, ask, differing, race
-from .files import result_folder, so_many_threads
 from .measure import (
     csv_text,
     device_name,
     environment,
     json_text,
     quantiles,
+    result_folder,
+    so_many_threads,
     write_results,
 )
 

@@ -5,18 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..hd.errors import DataError, UsageError
 from ..train.record_images import image_path, path_fault
-from .measure import device_name, slug
 
 
 def read_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -93,30 +86,3 @@ def json_text(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON-able value, indented, as `write_whole` does."""
     write_whole(path, json_text(value))
-
-
-def result_folder(out: Path | None, device: torch.device, record: str) -> Path:
-    """A folder without `record`: the given one, or bench/results/DEVICE/DATE and a number.
-
-    Raises UsageError for a given folder that has it, or is a file.
-    """
-    if out is not None:
-        if (out / record).exists():
-            raise UsageError(f"--out {out}: holds {record} already; give another folder")
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out}: is a file; give a folder")
-        return out
-    day = Path("bench", "results", slug(device_name(device)), f"{datetime.now():%Y-%m-%d}")
-    names = (day if n == 1 else day.with_name(f"{day.name}-{n}") for n in count(1))
-    return next(folder for folder in names if not (folder / record).exists())
-
-
-@contextmanager
-def so_many_threads(number: int) -> Iterator[None]:
-    """torch computes with so many threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

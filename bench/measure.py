@@ -1,7 +1,7 @@
 """Measuring: interleaved times, memory, the device's roofline, environment facts, whole files.
 
-Imports torch and the standard library alone, so that a benchmark built on it runs on a bare GPU
-machine.
+Imports torch, the standard library and our errors alone, so that a benchmark built on it runs on a
+bare GPU machine.
 
 Times are milliseconds. On CUDA they lie between events, with the L2 cache overwritten before
 every call (the convention of `triton.testing.do_bench`); the rivals of a case take turns, in a
@@ -22,14 +22,17 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..hd.errors import UsageError
 
 WARM_UP_CALLS = 2
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
@@ -316,3 +319,30 @@ def _json_field(value: Any) -> str:
 
 def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def result_folder(out: Path | None, device: torch.device, record: str) -> Path:
+    """A folder without `record`: the given one, or bench/results/DEVICE/DATE and a number.
+
+    Raises UsageError for a given folder that has it, or is a file.
+    """
+    if out is not None:
+        if (out / record).exists():
+            raise UsageError(f"--out {out}: holds {record} already; give another folder")
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out}: is a file; give a folder")
+        return out
+    day = Path("bench", "results", slug(device_name(device)), f"{datetime.now():%Y-%m-%d}")
+    names = (day if n == 1 else day.with_name(f"{day.name}-{n}") for n in count(1))
+    return next(folder for folder in names if not (folder / record).exists())
+
+
+@contextmanager
+def so_many_threads(number: int) -> Iterator[None]:
+    """torch computes with so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

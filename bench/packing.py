@@ -33,14 +33,15 @@ from ..train.lengths import LengthReader, Lengths, token_lengths
 from ..train.optimizer import build_optimizer, freeze
 from ..train.packs import default_pack_tokens
 from ..train.settings import OptimizerConfig
-from .files import result_folder, so_many_threads
 from .measure import (
     csv_text,
     device_name,
     environment,
     json_text,
     quantiles,
+    result_folder,
     rotated,
+    so_many_threads,
     write_results,
 )
 from .packing_data import MAX_LENGTH, SETTINGS, TEMPLATE, draw, nano_hd, picture, records_of

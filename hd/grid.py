@@ -35,7 +35,7 @@ class HDConfig:
     row_end: one learned token after each kept map row; without a grid there is one, at the end.
     pad_colour: "black", or the mean colour of CLIP's training images.
     max_visual_tokens: only grids that give an image at most so many tokens (`plan_image` raises
-        UsageError for an image that none fits); None is no limit.
+        TooManyTokens for an image that none fits); None is no limit.
 
     Raises UsageError when the fields do not fit together.
     """

@@ -11,8 +11,13 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .errors import UsageError
+from .errors import DataError
 from .grid import HDConfig, select_grid
+
+
+class TooManyTokens(DataError):
+    """An image that no allowed grid brings within max_visual_tokens; the message says how many
+    would do."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def plan_image(size: tuple[int, int], config: HDConfig) -> TilePlan:
     """The plan of an image of `size` (height, width): on the grid that keeps most detail, of those
     within the configuration's limit of tokens.
 
-    Raises ValueError for a size below 1x1, UsageError where no allowed grid is within that limit.
+    Raises ValueError for a size below 1x1, TooManyTokens where no allowed grid is within it.
     """
     height, width = size
     return _plan(int(height), int(width), config)
@@ -114,9 +119,10 @@ def _within(height: int, width: int, config: HDConfig, limit: int) -> TilePlan:
     if not fitting:
         least = min(plans.values(), key=lambda plan: plan.num_tokens)
         where = f" (grid {least.grid[0]}x{least.grid[1]})" if config.grids else ""
-        raise UsageError(
+        smaller = ", or allow smaller grids (max_tiles)" if math.prod(least.grid) > 1 else ""
+        raise TooManyTokens(
             f"an image of {height}x{width} px needs at least {least.num_tokens} visual tokens"
-            f"{where}, more than max_visual_tokens {limit}; raise it to {least.num_tokens}"
+            f"{where}, more than max_visual_tokens {limit}; raise it to {least.num_tokens}{smaller}"
         )
     if not config.grids:
         return fitting[0]

@@ -126,7 +126,7 @@ class ChatSession:
         max_new_tokens: int = 512,
         sampling: Sampling = GREEDY,
         stops: Sequence[str] = (),
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """The answer in pieces, the last one with `finish`; the images stand before the text.
 
         Everything is checked at once, before the first piece is asked for. An answer that is
@@ -196,7 +196,7 @@ class ChatSession:
         tokens: Generator[int],
         pieces: Iterator[Piece],
         cancelled: threading.Event,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """The pieces, written into the history that they were asked behind."""
         said = Piece("", 0)
         with self._alone():
@@ -234,7 +234,7 @@ class ChatSession:
         model, image_token_id = self.model, self.model.config.image_token_id
         if self._kept is None and self._keeps:
             layers = model.language.causal_lm.config.num_hidden_layers
-            self._kept = KeptPrompt(layers, image_token_id)
+            self._kept = KeptPrompt(layers, image_token_id, context_length(model))
         kept = self._kept
         length = 0 if kept is None else kept.keep_common(sample)
         self.usage = Usage(len(sample.ids), length)

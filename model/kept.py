@@ -18,18 +18,20 @@ class KeptPrompt:
     """Token ids that were read, the images among them, and their keys and values in `cache`.
 
     `ids` are those of finished passes: where a pass broke off, its keys are cut away by the next
-    `keep_common`. image_token_id: the id at the places of visual tokens.
+    `keep_common`. image_token_id: the id at the places of visual tokens. longest: tokens that will
+    ever be read, if that is known.
     """
 
-    def __init__(self, num_layers: int, image_token_id: int) -> None:
+    def __init__(self, num_layers: int, image_token_id: int, longest: int | None) -> None:
         self.image_token_id = image_token_id
-        self._num_layers = num_layers
+        self._num_layers, self._longest = num_layers, longest
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self.ids: list[int] = []
         self.images: list[tuple[int, Tensor]] = []  # first place, tiles
-        self.cache = Cache(layers=[GrowingLayer(HEADROOM) for _ in range(self._num_layers)])
+        layers = [GrowingLayer(HEADROOM, self._longest) for _ in range(self._num_layers)]
+        self.cache = Cache(layers=layers)
 
     def keep_common(self, sample: Sample) -> int:
         """Keep only what the sample begins with, at most all but its last token and no part of an
@@ -67,7 +69,11 @@ class KeptPrompt:
 
 
 class GrowingLayer(RoomyLayer):
-    """Keys and values `[1 Hkv n d]` in a store that doubles when it is full."""
+    """Keys and values `[1 Hkv n d]` in a store that doubles when it is full, up to `longest`."""
+
+    def __init__(self, room: int, longest: int | None) -> None:
+        super().__init__(room)
+        self.longest = longest
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -75,9 +81,9 @@ class GrowingLayer(RoomyLayer):
         """Put keys and values behind those that are there; all of them."""
         needed = self.get_seq_length() + key_states.shape[2]
         if not self.is_initialized:
-            self.room += needed
+            self.room = self._roomy(needed, self.room + needed)
         elif needed > self.room:
-            self.room = max(needed, 2 * self.room)
+            self.room = self._roomy(needed, 2 * self.room)
             length = self.get_seq_length()
             stores = [
                 x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (self.keys, self.values)
@@ -86,6 +92,9 @@ class GrowingLayer(RoomyLayer):
                 store[:, :, :length] = old
             self.stores = tuple(stores)
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def _roomy(self, needed: int, wanted: int) -> int:
+        return max(needed, wanted if self.longest is None else min(wanted, self.longest))
 
 
 def behind(sample: Sample, length: int, image_token_id: int) -> Sample:

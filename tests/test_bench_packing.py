@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_hd.bench.files import result_folder
+from llava_hd.bench.measure import result_folder
 from llava_hd.bench.packing import (
     RECORD,
     TABLE,

@@ -20,7 +20,7 @@ from llava_hd.bench.bench_pope_race import (
     contestants,
     differing,
 )
-from llava_hd.bench.files import result_folder
+from llava_hd.bench.measure import result_folder
 from llava_hd.cli.main import main
 from llava_hd.hd.errors import UsageError
 

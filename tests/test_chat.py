@@ -16,6 +16,7 @@ from llava_hd.hd.errors import UsageError
 from llava_hd.model.assemble import assemble
 from llava_hd.model.chat import ChatSession, ContextFull, Usage
 from llava_hd.model.generate import generate
+from llava_hd.model.kept import HEADROOM, GrowingLayer
 from llava_hd.model.llava_hd import LlavaHD
 from llava_hd.model.packing import Sample
 from llava_hd.model.prefix import PrefixNotSharedWarning
@@ -252,6 +253,23 @@ def test_a_conversation_longer_than_the_model_reads_is_refused_and_goes_on(parts
         session.ask("hi again")
     session.reset()
     assert text_of(session.ask("is there a cat?", max_new_tokens=4))
+
+
+def test_the_store_grows_with_the_conversation_and_not_beyond_the_context(pair: Pair) -> None:
+    session = ChatSession(*pair)
+    text_of(session.ask("the cat", max_new_tokens=8))
+    assert session._kept is not None
+    [layer, *_] = session._kept.cache.layers
+    assert session.usage is not None
+    rooms = [layer.room]
+    assert rooms == [session.usage.prompt_tokens + HEADROOM]
+    while len(session.history) < 12:
+        text_of(session.ask("the dog is on the mat " * 8, max_new_tokens=2))
+        rooms.append(layer.room)
+    grown = list(dict.fromkeys(rooms))
+    assert len(grown) > 2 and grown[1] == 2 * grown[0] and grown[-1] <= 2048
+    assert text_of(session.ask("and now?", max_new_tokens=8)) == answer_afresh(session, 8)
+    assert GrowingLayer(256, 300)._roomy(200, 512) == 300
 
 
 def test_an_image_tag_in_the_text_is_refused(session: ChatSession) -> None:

@@ -3,7 +3,6 @@ operations, and every pass that a data order makes. Measured memory: test_estima
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from estimate_data import measured, records_of, small_run
 from tiny import TILE, tiny_hd
 from torch.utils.flop_counter import FlopCounterMode
-from train_data import changed, tiny_config, write_data
+from train_data import changed
 
-from llava_hd.cli.main import main
 from llava_hd.hd.grid import PRESETS
 from llava_hd.hd.plan import plan_image
 from llava_hd.model.packing import pack
@@ -31,41 +30,25 @@ from llava_hd.train.estimate_samples import (
     heaviest_passes,
     largest_image,
     largest_pass,
-    measure_samples,
 )
 from llava_hd.train.estimate_time import Work, count_operations
 from llava_hd.train.estimate_trace import LiveBytes, PassShape, shape_batch, trace_pass
 from llava_hd.train.estimate_zero import Weights, model_states, step_traffic
 from llava_hd.train.lora import start_adapter
 from llava_hd.train.optimizer import freeze
-from llava_hd.train.recipe import config_yaml, load_config
+from llava_hd.train.recipe import load_config
 from llava_hd.train.run import build_model
 from llava_hd.train.settings import LoraConfig, ZeroConfig
-from llava_hd.train.sources import open_records
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> TrainConfig:
-    folder = tmp_path_factory.mktemp("estimate")
-    return tiny_config(
-        write_data(folder / "data"), parts, folder / "out", stage="pretrain"
-    )  # fmt: skip
+    return small_run(tmp_path_factory.mktemp("estimate"), parts)
 
 
 def finetune(config: TrainConfig, **settings: object) -> TrainConfig:
     """Stage 2; the folder of stage 1 is only named."""
     return changed(config, stage="finetune", model__projector_from="stage1", **settings)
-
-
-def records_of(config: TrainConfig):
-    return open_records(config.data.paths, config.data.images)
-
-
-def measured(config: TrainConfig) -> Samples:
-    records = records_of(config)
-    processor = outline_run(config).processor
-    assert processor is not None
-    return measure_samples(config, processor, records, records.image)
 
 
 # ------------------------------------------------------------------ the model, counted
@@ -332,83 +315,6 @@ def test_a_verdict_has_a_margin_and_names_what_to_change(gib, verdict):
     assert fit is not None and fit.verdict == verdict
     assert (fit.spare < 0) == (verdict == "does not fit")
     assert "activations" in fit.part and "per_device_batch_size" in fit.remedy
-
-
-# ------------------------------------------------------------------ the commands
-
-
-@pytest.fixture
-def recipe(config, tmp_path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(config_yaml(changed(config, output_dir=str(tmp_path / "run"))))
-    return path
-
-
-def test_the_command_measures_the_data_and_writes_what_it_is_asked_for(recipe, tmp_path, capsys):
-    words = ["estimate", "--config", str(recipe), "--cpu", "--gpus", "2", "--out"]
-    assert main([*words, str(tmp_path / "out"), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["samples"]["source"].startswith("measured: 12 records")
-    assert report["steps"] == 5 and report["memory_bytes"]["host"] == 0
-    assert json.loads((tmp_path / "out/estimate.json").read_text()) == report
-    assert (tmp_path / "out/tokens.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["estimate", "--config", str(recipe), "--memory-gib", "1"]) == 0
-    text = capsys.readouterr().out
-    assert "fits: " in text and "not said, because not given: --tflops" in text
-
-
-def test_the_command_says_what_it_assumes(capsys):
-    words = ["estimate", "--config", "nano-hd-finetune", "--sizes", "224x224", "--text-tokens"]
-    assert main([*words, "30"]) == 0
-    text = capsys.readouterr().out
-    assert "samples assumed (" in text and "224x224 px" in text and "30 tokens of text" in text
-    assert main(["estimate", "--config", "vicuna-13b-hdflex", "--gpus", "8"]) == 0
-    assert "models/vicuna-13b-v1.5 is not there" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--gpus", "0"], "--gpus must be above 0"),
-        (["--gpus", "7"], "global_batch_size 128 is not"),
-        (["--sizes", "640"], "--sizes 640: give height x width"),
-        (["--tflops", "1", "--measured", "x"], "leave one of them out"),
-        (["--measured", "nowhere"], "--measured nowhere: no metrics.jsonl"),
-        (["--model.language", "nowhere"], "model.language: model folder nowhere is not a folder"),
-    ],
-)
-def test_bad_questions_are_one_line(words, message, capsys):
-    assert main(["estimate", "--config", "vicuna-7b-hd448", "--gpus", "8", *words]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line
-
-
-def test_a_dry_run_reads_the_heaviest_passes_and_writes_nothing(recipe, config, tmp_path, capsys):
-    words = ["pretrain", "--config", str(recipe), "--dry-run", "--data.batching", "plain"]
-    assert main(words) == 0
-    text = capsys.readouterr().out
-    assert "passes of each rank on average" in text and "read and packed: 2 samples" in text
-    assert not (tmp_path / "run").exists()
-    samples = measured(config)
-    tokens, _ = heaviest_passes(BatchOrder(12, 4, 2, seed=42), samples, 1, range(5))
-    assert f"{tokens.tokens:,} tokens" in text
-
-
-def test_a_dry_run_finds_a_damaged_image_of_its_heaviest_pass(config, tmp_path, capsys):
-    data = write_data(tmp_path / "data")
-    for image in (data / "images").iterdir():  # whole headers, cut pixels
-        image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
-    damaged = changed(
-        config,
-        data__path=str(data / "data.json"),
-        data__images=str(data / "images"),
-        output_dir=str(tmp_path / "run"),
-    )
-    path = tmp_path / "recipe.yaml"
-    path.write_text(config_yaml(damaged))
-    assert main(["pretrain", "--config", str(path), "--dry-run"]) == 3
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "data.json: record" in line and "truncated" in line
 
 
 def test_geometry_of_tiny_tests_is_hdflex():

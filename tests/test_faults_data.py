@@ -129,7 +129,8 @@ def test_a_damaged_part_of_a_parquet_file_is_left_out_of_a_run_by_modality(parts
 
 
 @pytest.mark.parametrize(
-    ("policy", "batching"), [("skip", "packs"), ("text_only", "plain"), ("text_only", "packs")]
+    ("policy", "batching"),
+    [("skip", "packs"), ("text_only", "plain"), ("text_only", "packs"), ("text_only", "modality")],
 )
 def test_a_run_counts_exactly_what_was_put_in(sets, parts, tmp_path, policy, batching):
     config = mixed_config(sets, parts, tmp_path / "out", policy, data__batching=batching)

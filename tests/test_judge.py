@@ -273,14 +273,14 @@ def test_a_judge_that_times_out_loses_nothing(
     def script(number: int, asked: Asked) -> Say | None:
         text = asked.body["messages"][-1]["content"]
         if any(question in text for question in slow):
-            return Say("8 6", seconds=1.5)
+            return Say("8 6", seconds=6.0)
         return judged(number, asked)
 
     with OpenAIServer(script) as server:
-        patience = ["--timeout", 0.5, "--retries", 0]
+        patience = ["--timeout", 3.0, "--retries", 0]
         assert main(words_of(folder, server, *patience)) == 1
         err = capsys.readouterr().err
-        assert "2 requests got no answer" in err and "within 0.5 s" in err
+        assert "2 requests got no answer" in err and "within 3 s" in err
         assert "10 of 12 are done" in err and "start the same command again" in err
         before = len(server.asked)
         slow.clear()

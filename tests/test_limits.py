@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_image, tiny_hd, tiny_tokenizer
+from train_data import changed, write_data
 from transformers import LlavaNextProcessor
 from transformers.image_processing_utils import select_best_resolution
 
-from llava_hd.hd.errors import UsageError
+from llava_hd.hd.errors import DataError, UsageError
 from llava_hd.hd.grid import FLEXIBLE_GRIDS, PRESETS, HDConfig, grids_up_to
 from llava_hd.hd.limits import (
     NO_LIMITS,
@@ -22,12 +24,24 @@ from llava_hd.hd.limits import (
     limited,
     parse_grid,
 )
-from llava_hd.hd.plan import plan_image
+from llava_hd.hd.plan import TooManyTokens, plan_image
 from llava_hd.model.assemble import assemble
 from llava_hd.model.export import refuse_inexpressible
+from llava_hd.model.foreign import read_config
 from llava_hd.model.generate import answer
 from llava_hd.model.packing import pack
 from llava_hd.model.processor import Processor
+from llava_hd.train.data_check import check_data
+from llava_hd.train.data_check_report import report_of
+from llava_hd.train.data_check_tokens import CheckSettings
+from llava_hd.train.dataset import run_passes
+from llava_hd.train.estimate_model import outline_run
+from llava_hd.train.estimate_samples import largest_image
+from llava_hd.train.prepare import check_model_source, resolution_words
+from llava_hd.train.recipe import config_from
+from llava_hd.train.run import build_model
+from llava_hd.train.settings import ModelSource
+from llava_hd.train.sources import open_records
 
 HDFLEX = PRESETS["hdflex"]
 SIDES = st.integers(1, 4000)
@@ -76,7 +90,7 @@ def test_max_visual_tokens_takes_the_best_grid_that_fits(
     counts = {grid: tokens_of(size, grid, HDFLEX) for grid in config.grids}
     fitting = [grid for grid in config.grids if counts[grid] <= most]
     if not fitting:
-        with pytest.raises(UsageError, match=f"at least {min(counts.values())} visual tokens"):
+        with pytest.raises(TooManyTokens, match=f"at least {min(counts.values())} visual tokens"):
             plan_image(size, config)
         return
     pixels = [[rows * 224, cols * 224] for rows, cols in fitting]
@@ -104,9 +118,9 @@ def test_one_grid_is_forced_and_may_be_limited_too() -> None:
     assert plan_image((2000, 30), config).grid == (2, 3)
     tight = limited(HDFLEX, ResolutionLimits(grid=(2, 2), max_visual_tokens=1000))
     with pytest.raises(
-        UsageError,
+        TooManyTokens,
         match=r"an image of 480x640 px needs at least 1048 visual tokens \(grid 2x2\), more than "
-        r"max_visual_tokens 1000; raise it to 1048",
+        r"max_visual_tokens 1000; raise it to 1048, or allow smaller grids",
     ):
         plan_image((480, 640), tight)
     assert plan_image((100, 900), tight).num_tokens <= 1000
@@ -116,7 +130,7 @@ def test_one_view_has_one_count_and_no_tiles() -> None:
     base = PRESETS["base336"]
     exact = limited(base, ResolutionLimits(max_visual_tokens=576))
     assert plan_image((480, 640), exact).num_tokens == 576
-    with pytest.raises(UsageError, match="at least 576 visual tokens, more than"):
+    with pytest.raises(TooManyTokens, match="at least 576 visual tokens, more than"):
         plan_image((480, 640), limited(base, ResolutionLimits(max_visual_tokens=575)))
     for limits in (ResolutionLimits(max_tiles=4), ResolutionLimits(grid=(2, 2))):
         with pytest.raises(UsageError, match="sees one view of 336 px and no tiles; leave it out"):
@@ -223,3 +237,63 @@ def test_a_limit_of_tokens_is_not_exported(parts) -> None:
         hd = limited(model.config.hd, ResolutionLimits(max_visual_tokens=60))
         with pytest.raises(UsageError, match=r"cannot express hd\.max_visual_tokens 60"):
             refuse_inexpressible(replace(model.config, hd=hd), format)
+
+
+def trained_folder(parts, folder) -> Path:
+    model, processor = assemble(
+        vision=parts / "vision", language=parts / "language", hd=tiny_hd("hdflex")
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_training_goes_on_within_other_limits_and_saves_them(parts, tmp_path) -> None:
+    folder = trained_folder(parts, tmp_path / "old")
+    data = write_data(tmp_path / "data")
+    values = {
+        "stage": "finetune",
+        "output_dir": str(tmp_path / "out"),
+        "model": {"path": str(folder), "max_tiles": 9, "max_visual_tokens": 120},
+        "data": {"path": str(data / "data.json"), "images": str(data / "images")},
+        "precision": "fp32",
+    }
+    config = config_from(values)
+    words = resolution_words(config.model)
+    assert words is not None and "at most 6 tiles, used with at most 9" in words
+    model, processor = build_model(config, None)
+    expected = limited(tiny_hd("hdflex"), ResolutionLimits(9, 120))
+    assert model.config.hd == processor.config.hd == expected
+    model.save_pretrained(tmp_path / "new")
+    assert read_config(tmp_path / "new").hd == expected
+    outlined = outline_run(config)
+    assert outlined.model.config.hd == expected
+    assert largest_image(expected) == (120, 10)  # nine tiles and the global view
+    # What fits nowhere is a bad sample, with its record and the remedy.
+    records = open_records(config.data.paths, config.data.images, False)
+    reader = run_passes(changed(config, model__max_visual_tokens=20), records, processor).read
+    small = replace(reader, processor=processor.limited(ResolutionLimits(max_visual_tokens=20)))
+    with pytest.raises(DataError, match=r"data.json.*needs at least \d+ visual tokens"):
+        small(1)
+    assert resolution_words(replace(config.model, max_tiles=4)) is None
+    with pytest.raises(UsageError, match=r"model\.max_tiles must be"):
+        replace(config.model, max_tiles=0)
+
+
+def test_a_whole_model_without_tiles_takes_no_limit_of_tiles(parts, tmp_path) -> None:
+    hd = replace(tiny_hd("base224"), tile_px=56, patch_px=14)
+    model, processor = assemble(vision=parts / "vision", language=parts / "language", hd=hd)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"model\.max_tiles has no meaning"):
+        check_model_source(ModelSource(path=str(tmp_path), max_tiles=4))
+
+
+def test_data_check_tells_images_that_no_grid_brings_within_the_limit(parts, tmp_path) -> None:
+    data = write_data(tmp_path / "data")
+    hd = replace(tiny_hd("hdflex"), max_visual_tokens=20)
+    checked = check_data([str(data / "data.json")], data / "images", CheckSettings(hd))
+    assert checked.count("sample") == sum(bool(record.images) for record in checked.records)
+    report = report_of(checked, CheckSettings(hd))
+    assert report["tiles"] == {"none fits": checked.num_images}
+    assert "max_visual_tokens 20; raise it to" in report["faults"][0]["reason"]

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from rich.console import Console
+from processes import wait_for
 from train_data import tiny_config, write_data
 
 from llava_hd.cli.main import main
 from llava_hd.cli.train import ALIASES, SWITCHES, build_parser
-from llava_hd.cli.train_progress import TrainProgress
-from llava_hd.hd.errors import UsageError
 from llava_hd.train.checkpoint_state import write_state
 from llava_hd.train.config import TrainConfig, leaves
-from llava_hd.train.launch import check_num_processes, exit_code, run_workers, worker_environment
 from llava_hd.train.manifest import Manifest, quick_fault, write_manifest
-from llava_hd.train.metrics import StepMetrics, read_metrics, running_mean
+from llava_hd.train.metrics import read_metrics
 from llava_hd.train.prepare import is_fresh, prepare
 from llava_hd.train.recipe import config_yaml, load_config
 
@@ -291,109 +285,3 @@ def test_ctrl_c_stops_all_workers_and_says_that_the_run_can_go_on(recipe, tmp_pa
     assert f"saved {saved}, go on with --resume auto" in errors
     assert quick_fault(saved) is None
     assert len(read_metrics(tmp_path / "out")) >= 1
-
-
-def run_script(script: str, num_processes: int = 2) -> int:
-    return run_workers([sys.executable, "-c", script], num_processes)
-
-
-def test_a_failed_worker_stops_the_others_and_gives_its_code():
-    script = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)"
-    start = time.monotonic()
-    assert run_script(script) == 3
-    assert time.monotonic() - start < 20
-
-
-def test_workers_that_end_well_give_code_0_and_know_each_other():
-    script = (
-        "import os; e = os.environ\n"
-        "assert e['WORLD_SIZE'] == '3' and e['RANK'] == e['LOCAL_RANK'] and int(e['RANK']) < 3\n"
-        "assert e['MASTER_ADDR'] == '127.0.0.1' and int(e['MASTER_PORT']) > 0"
-    )
-    assert run_script(script, 3) == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
-def test_workers_end_with_a_launcher_that_is_killed(tmp_path):
-    worker = f"import os, time; open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w'); time.sleep(60)"
-    code = (
-        f"from llava_hd.train.launch import *; run_workers([sys.executable, '-c', {worker!r}], 2)"
-    )
-    launcher = subprocess.Popen([sys.executable, "-c", code])
-    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
-    launcher.kill()
-    launcher.wait()
-    pids = [int(path.name) for path in tmp_path.iterdir()]
-    wait_for(lambda: not any(is_running(pid) for pid in pids))
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process is there and no zombie that waits to be collected."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 100.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def test_the_most_telling_exit_code_is_given():
-    assert exit_code([0, None]) == 0
-    assert exit_code([1, 3]) == 3 and exit_code([-15, 1]) == 1 and exit_code([-9, None]) == 137
-    assert exit_code([1, 75]) == 75
-
-
-def test_a_launcher_is_joined_and_its_world_must_fit():
-    launched = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
-    assert check_num_processes(None, launched) == check_num_processes(4, launched) == 0
-    assert check_num_processes(None, {}) == check_num_processes(1, {}) == 0
-    assert check_num_processes(2, {}) == 2
-    with pytest.raises(Exception, match="inside a launcher with WORLD_SIZE 4"):
-        check_num_processes(2, launched)
-    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        with pytest.raises(UsageError, match=f"RANK is set but {name} is not"):
-            check_num_processes(None, {k: v for k, v in launched.items() if k != name})
-
-
-def test_workers_share_the_cores_unless_told_otherwise(monkeypatch):
-    cores = len(os.sched_getaffinity(0))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert worker_environment(0, 2, 1)["OMP_NUM_THREADS"] == str(max(1, cores // 2))
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert worker_environment(0, 2, 1)["OMP_NUM_THREADS"] == "5"
-
-
-def metrics_of(step: int) -> StepMetrics:
-    values = dict.fromkeys(("epoch", "lr", "grad_norm", "seconds"), 0.5)
-    counts = dict.fromkeys(("samples", "tokens", "label_tokens", "images"), 4)
-    speeds = {"tokens_per_second": 2000.0, "images_per_second": 3.0}
-    return StepMetrics(step=step, loss=2.0, **values, **counts, **speeds)
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(terminal, tmp_path):
-    with (tmp_path / "shown").open("w", encoding="utf-8") as file:
-        console = Console(file=file, force_terminal=terminal, width=140)
-        with TrainProgress(title="stage 1", console=console) as progress:
-            progress.start(0, 40)
-            for step in range(1, 41):
-                progress.step(metrics_of(step))
-    text = (tmp_path / "shown").read_text(encoding="utf-8")
-    assert "loss 2.0000  2,000 tokens/s  3.0 images/s" in text and "stage 1" in text
-    assert ("\x1b" in text) == terminal
-    if not terminal:
-        assert [line.split()[3] for line in text.splitlines()][-1] == "40/40"
-        assert 8 <= len(text.splitlines()) <= 12
-
-
-def test_a_running_mean_is_that_of_the_last_values():
-    values = [4.0, 2.0, 6.0, 0.0, 3.0]
-    for width in (1, 2, 3, 9):
-        wanted = [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(5)]
-        assert running_mean(values, width) == pytest.approx(wanted)

@@ -34,7 +34,8 @@ def run_order(
     """The order of a run. Without measured lengths it tells how many steps there are, but not how
     packs and batches by modality are made up.
 
-    By modality, a sample whose text is kept without its image, known to be bad, is one of text.
+    By modality, a sample whose text is kept without its image stays among those with images: the
+    order, and so the number of steps, does not depend on which files are broken today.
     """
     batching, lengths = config.data.batching, None
     pack_tokens = has_image = None
@@ -47,8 +48,6 @@ def run_order(
         )
     if batching == "modality":
         has_image = np.array([records.has_image(i) for i in range(len(records))])
-        if measured is not None and config.data.bad_samples == "text_only":
-            has_image[list(measured.faults)] = False
     return BatchOrder(
         num_samples=len(records),
         samples_per_step=samples_per_step,
