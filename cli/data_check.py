@@ -24,6 +24,7 @@ from ..bench.files import check_out, json_text, write_whole
 from ..bench.report import Block, Facts, Note, Picture, Pictures, Section, Table, render
 from ..hd.errors import DataError, Interrupted, UsageError
 from ..hd.grid import PRESETS, get_preset
+from ..hd.limits import limited
 from ..train.config import TrainConfig, part_folder
 from ..train.data_check import Checked, Fault, check_data
 from ..train.data_check_report import histogram_png, is_clean, report_of
@@ -125,7 +126,8 @@ def _of_recipe(name: str) -> dict[str, Any]:
         from ..model.foreign import read_config
 
         whole = read_config(part_folder(source.path))
-        hd, template = whole.hd, config.sample_template or whole.template
+        hd = limited(whole.hd, source.limits)
+        template = config.sample_template or whole.template
     return {
         "hd": hd,
         "template": template,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -46,6 +46,10 @@ from ..bench.pope_run import (
 )
 from ..hd.errors import UsageError
 from .parser import Parser
+from .resolution import OPTIONS, add_limits, limits_of, limits_record, tell_before
+
+if TYPE_CHECKING:
+    from ..hd.limits import ResolutionLimits
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -82,6 +86,7 @@ def build_parser(command: str) -> Parser:
     add("--score-only", action="store_true", help="score the answers of --answers, ask no model")
     add("--answers", type=str, nargs="+", metavar="FILE", help="answers to score, or their folder")
     add("--json", action="store_true", help="print the scores as JSON")
+    add_limits(parser)
     return parser
 
 
@@ -102,8 +107,9 @@ def run(args: Namespace) -> int:
 
 
 def _score_only(args: Namespace) -> list[Answered]:
-    for option in ("model", "images", "out", "limit", "prompt"):
+    for option in ("model", "images", "out", "limit", "prompt", *OPTIONS):
         if getattr(args, option) is not None:
+            option = option.replace("_", "-")
             raise UsageError(f"--{option} has no meaning with --score-only; leave one of them out")
     if not args.answers:
         raise UsageError("--score-only needs --answers FILE, the answers to score")
@@ -115,6 +121,7 @@ def _score_only(args: Namespace) -> list[Answered]:
 def _ask(args: Namespace) -> list[Answered]:
     """All checks that need no model come first; only then anything is loaded or written."""
     _check_options(args)
+    limits = limits_of(args)
     model_dir, images_dir, out = Path(args.model), Path(args.images), Path(args.out)
     check_out(out)
     model = {"path": str(model_dir.resolve()), "fingerprint": fingerprint(model_dir)}
@@ -131,7 +138,12 @@ def _ask(args: Namespace) -> list[Answered]:
         prompt=PROMPT if args.prompt is None else f"\n{args.prompt}" if args.prompt else "",
         questions=tuple(described),
         images=str(images_dir.resolve()),
-        decoding={"max_new_tokens": args.max_new_tokens, "greedy": True, "dtype": dtype},
+        decoding={
+            "max_new_tokens": args.max_new_tokens,
+            "greedy": True,
+            "dtype": dtype,
+            **limits_record(limits),
+        },
         limit=args.limit,
         batch_size=args.batch_size,
         device=device,
@@ -142,7 +154,8 @@ def _ask(args: Namespace) -> list[Answered]:
     if done:
         tell(f"{out}: {len(done)} of {len(questions)} questions are answered already")
     if len(done) < len(questions):
-        answer, hd = _load(model_dir, device, dtype, args.max_new_tokens)
+        tell_before(model_dir, limits, dtype, images.values())
+        answer, hd = _load(model_dir, device, dtype, args.max_new_tokens, limits)
         record = replace(record, model={**model, "hd": hd})
     else:
         answer = _nothing_to_ask
@@ -186,7 +199,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
 
 
 def _load(
-    folder: Path, device: str, dtype: str, max_new_tokens: int
+    folder: Path, device: str, dtype: str, max_new_tokens: int, limits: ResolutionLimits
 ) -> tuple[AnswerBatch, dict[str, Any]]:
     """The model's answer function and the geometry it sees images with."""
     import torch
@@ -196,12 +209,12 @@ def _load(
     from ..model.processor import Processor
 
     model = LlavaHD.from_pretrained(folder, dtype=getattr(torch, dtype), device=device)
-    processor = Processor.from_pretrained(folder)
+    processor = Processor.from_pretrained(folder, limits)
 
     def answer(images: list[Path], questions: list[str]) -> list[str]:
         return answer_batch(model, processor, images, questions, max_new_tokens=max_new_tokens)
 
-    return answer, model.config.hd.to_dict()
+    return answer, processor.config.hd.to_dict()
 
 
 def tell(text: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..hd.errors import UsageError
 from .parser import Parser
+from .resolution import add_limits, limits_of, tell_before
 
 if TYPE_CHECKING:
     from .serve_engine import Engine
@@ -50,6 +51,7 @@ def build_parser(command: str) -> Parser:
     add("--parallel", type=int, default=1, help="answers made at a time")
     add("--queue", type=int, default=64, help="requests that may wait; more get status 429")
     add("--seconds", type=float, default=300.0, help="time of a request, waiting included")
+    add_limits(parser)
     return parser
 
 
@@ -163,7 +165,8 @@ def _load(args: Namespace, limits: ServeLimits) -> Engine:
     if args.dtype not in DTYPES:
         raise UsageError(f"--dtype {args.dtype!r} is unknown; there is {', '.join(DTYPES)}")
     device, dtype = device_and_dtype(args.device, args.dtype)
-    folder = Path(args.model)
+    folder, resolution = Path(args.model), limits_of(args)
+    tell_before(folder, resolution, dtype)
     model = LlavaHD.from_pretrained(folder, dtype=getattr(torch, dtype), device=device)
     name = args.name or folder.resolve().name
-    return Engine(name, model, Processor.from_pretrained(folder), limits)
+    return Engine(name, model, Processor.from_pretrained(folder, resolution), limits)

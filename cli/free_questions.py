@@ -13,6 +13,7 @@ from ..bench.pope_run import fingerprint
 from ..hd.errors import UsageError
 from .eval_pope import DTYPES, device_and_dtype, progress_bar
 from .parser import Parser
+from .resolution import add_limits, limits_of, limits_record, tell_before
 
 if TYPE_CHECKING:
     from ..model.llava_hd import LlavaHD
@@ -30,6 +31,7 @@ def add_model(parser: Parser, max_new_tokens: int) -> None:
     add("--limit", type=int | None, help="only the first N questions")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--dtype", type=str, default="auto", help=f"{', '.join(DTYPES)} (auto: bfloat16 on a GPU)")
+    add_limits(parser)
 
 
 def check_model_options(args: Namespace) -> None:
@@ -45,6 +47,7 @@ def check_model_options(args: Namespace) -> None:
             raise UsageError(f"--{option.replace('_', '-')} {value}: give a number from 1")
     if args.dtype not in DTYPES:
         raise UsageError(f"--dtype {args.dtype!r} is unknown; there is {', '.join(DTYPES)}")
+    limits_of(args)
     check_out(Path(args.out))
 
 
@@ -74,16 +77,25 @@ def ask(
     out = Path(args.out)
     images = item_images(items, Path(args.images))
     device, dtype = device_and_dtype(args.device, args.dtype)
+    limits = limits_of(args)
     identity = {
         **about,
         "model": fingerprint(Path(args.model)),
         "files": {path.name: sha256(path) for path in files},
         "images": str(Path(args.images).resolve()),
-        "decoding": {"greedy": True, "max_new_tokens": args.max_new_tokens, "dtype": dtype},
+        "decoding": {
+            "greedy": True,
+            "max_new_tokens": args.max_new_tokens,
+            "dtype": dtype,
+            **limits_record(limits),
+        },
         "limit": args.limit,
     }
     done = begin(out, items, identity)
-    answer = _loaded(args, asker, device, dtype) if len(done) < len(items) else _nothing_to_ask
+    answer: AnswerMixed = _nothing_to_ask
+    if len(done) < len(items):
+        tell_before(Path(args.model), limits, dtype, images.values())
+        answer = _loaded(args, asker, device, dtype)
     with progress_bar() as progress:
         return ask_items(items, images, answer, out, done, args.batch_size, progress)
 
@@ -96,7 +108,7 @@ def _loaded(args: Namespace, asker: Asker, device: str, dtype: str) -> AnswerMix
 
     folder = Path(args.model)
     model = LlavaHD.from_pretrained(folder, dtype=getattr(torch, dtype), device=device)
-    return asker.answers(model, Processor.from_pretrained(folder))
+    return asker.answers(model, Processor.from_pretrained(folder, limits_of(args)))
 
 
 def _nothing_to_ask(images: Sequence[Path | None], prompts: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ from ..hd.errors import Interrupted, LlavaHDError, UsageError
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("demo",): ("demo", "the whole job at nano size: data, two stages, two models, comparison"),
     ("tile",): ("tile", "draw what the model sees of an image, and count its tokens"),
+    ("chat",): ("chat", "talk with a model about images, in the terminal or in a pipe"),
     ("pretrain",): ("train", "stage 1: train the projector and the row-end token"),
     ("finetune",): ("train", "stage 2: train the projector, the row-end token and the LLM"),
     ("estimate",): ("estimate", "memory, time and price of a training run, before it runs"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import anyio
 from anyio import to_thread
 
+from ..hd.plan import TooManyTokens
 from ..model.llava_hd import LlavaHD
 from ..model.packing import Sample
 from ..model.processor import Processor
@@ -64,7 +65,7 @@ class Engine:
         chat = parse_chat(parse_json(raw), self.name, self.limits)
         try:
             sample = chat_sample(self.processor, chat.turns, chat.images, chat.system)
-        except SampleError as error:
+        except (SampleError, TooManyTokens) as error:
             raise RequestRefused(str(error), "messages") from None
         chat = replace(chat, images=())  # cut already; waiting requests do not hold their pixels
         limit, length = context_length(self.model), len(sample.ids)

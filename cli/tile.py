@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from ..hd.errors import UsageError
+from ..hd.errors import DataError, UsageError
 from ..hd.grid import PRESETS, HDConfig, get_preset
-from ..hd.image import ImageError, image_size, load_image, save_png
-from ..hd.plan import TilePlan, plan_image
+from ..hd.image import image_size, load_image, save_png
+from ..hd.plan import TilePlan, TooManyTokens, plan_image
 from ..hd.preview import draw_plan
 from .parser import Parser
+from .resolution import add_limits, limited_geometry, limits_of, limits_record
 
 
 def build_parser(command: str) -> Parser:
@@ -29,26 +30,29 @@ def build_parser(command: str) -> Parser:
         [
             "llava-hd tile photo.jpg --preset hd448 --out tiles",
             "llava-hd tile photos/*.jpg --json > plans.json",
+            "llava-hd tile photo.jpg --max-tiles 9 --max-visual-tokens 1200",
         ],
     )
     parser.add_argument("images", nargs="+", type=str, metavar="IMAGE", help="image files")
     parser.add_argument("--preset", type=str, default="hdflex", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--out", type=str, default="tiles", help="folder of the pictures")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
+    add_limits(parser)
     return parser
 
 
 def run(args: Namespace) -> int:
     """Draw every image that can be read; 3 when one could not, 0 otherwise."""
-    config = get_preset(args.preset)
+    limits = limits_of(args)
+    config = limited_geometry(get_preset(args.preset), limits)
     out = Path(args.out)
     _make_folder(out)
     pictures = _picture_paths(args.images, out)
     entries, failed = [], False
     for source, picture in _watched(list(zip(args.images, pictures, strict=True)), args.json):
         try:
-            entry = _draw(source, picture, args.preset, config)
-        except ImageError as error:
+            entry = _draw(source, picture, args.preset, config) | limits_record(limits)
+        except DataError as error:
             print(f"llava-hd: error: {error}", file=sys.stderr)
             failed = True
             continue
@@ -57,7 +61,7 @@ def run(args: Namespace) -> int:
             print(_line(entry))
     if args.json:
         print("[" + ",\n ".join(json.dumps(entry) for entry in entries) + "]")
-    return ImageError.exit_code if failed else 0
+    return DataError.exit_code if failed else 0
 
 
 def _make_folder(folder: Path) -> None:
@@ -93,9 +97,12 @@ def _watched(jobs: list[tuple[str, Path]], quiet: bool) -> Iterator[tuple[str, P
 
 
 def _draw(source: str, picture: Path, preset: str, config: HDConfig) -> dict[str, Any]:
-    """Write the picture of one image; its plan as JSON-able values. Raises ImageError."""
+    """Write the picture of one image; its plan as JSON-able values. Raises DataError."""
     image = load_image(source)
-    plan = plan_image(image_size(image), config)
+    try:
+        plan = plan_image(image_size(image), config)
+    except TooManyTokens as error:
+        raise DataError(f"{source}: {error}") from error
     try:
         save_png(draw_plan(image, plan), picture)
     except OSError as error:

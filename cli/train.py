@@ -25,7 +25,7 @@ from .parser import Parser
 if TYPE_CHECKING:
     from ..train.run import TrainResult
 
-# Other projects' names of the same settings, on the command line only.
+# Other projects' names of the same settings, and those of our other commands; on the command line.
 ALIASES: dict[str, tuple[str, ...]] = {
     "per_device_batch_size": ("per_device_train_batch_size",),
     "epochs": ("num_train_epochs",),
@@ -46,6 +46,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "model.projector_from": ("pretrain_mm_mlp_adapter",),
     "model.projector": ("mm_projector_type",),
     "model.vision_layer": ("mm_vision_select_layer",),
+    "model.max_tiles": ("max_tiles",),
+    "model.max_visual_tokens": ("max_visual_tokens",),
+    "model.grid": ("grid",),
     "train_vision": ("unfreeze_mm_vision_tower",),
     "lora.r": ("lora_r",),
     "lora.alpha": ("lora_alpha",),

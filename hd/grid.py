@@ -34,6 +34,8 @@ class HDConfig:
         "touched" drops a cell only if it is padding entirely, "all" keeps every cell.
     row_end: one learned token after each kept map row; without a grid there is one, at the end.
     pad_colour: "black", or the mean colour of CLIP's training images.
+    max_visual_tokens: only grids that give an image at most so many tokens (`plan_image` raises
+        TooManyTokens for an image that none fits); None is no limit.
 
     Raises UsageError when the fields do not fit together.
     """
@@ -45,10 +47,12 @@ class HDConfig:
     keep: Keep = "llava_next"
     row_end: bool = True
     pad_colour: PadColour = "black"
+    max_visual_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tile_px", "patch_px"):
-            if not _is_count(getattr(self, name)):
+        for name in ("tile_px", "patch_px", "max_visual_tokens"):
+            unlimited = name == "max_visual_tokens" and self.max_visual_tokens is None
+            if not unlimited and not is_count(getattr(self, name)):
                 raise UsageError(
                     f"hd.{name} must be a whole number from 1, not {_show(self, name)}"
                 )
@@ -85,13 +89,26 @@ class HDConfig:
         """The padding colour in 8-bit RGB, before normalisation."""
         return RGB[self.pad_colour]
 
+    def reads_like(self, other: HDConfig) -> bool:
+        """Whether a model of the one geometry takes the tokens of the other: all is alike but
+        which grids an image may have."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("tile_px", "patch_px", *CHOICES, "row_end")
+        ) and bool(self.grids) == bool(other.grids)
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-able values; `from_dict` reads them back."""
-        return {**asdict(self), "grids": [list(grid) for grid in self.grids]}
+        """The fields as JSON-able values; `from_dict` reads them back. Without a limit of tokens
+        there is no word of it, as in folders written before there was one."""
+        values = {**asdict(self), "grids": [list(grid) for grid in self.grids]}
+        if self.max_visual_tokens is None:
+            del values["max_visual_tokens"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HDConfig:
-        """The configuration written by `to_dict`; all keys are required, no other is allowed.
+        """The configuration written by `to_dict`; all keys but max_visual_tokens are required, no
+        other is allowed.
 
         Raises UsageError naming the unknown or missing key.
         """
@@ -99,7 +116,7 @@ class HDConfig:
         for key in values:
             if key not in known:
                 raise UsageError(f"hd.{key} is not a setting; {suggest(str(key), known)}")
-        missing = [name for name in known if name not in values]
+        missing = [name for name in known if name not in (*values, "max_visual_tokens")]
         if missing:
             raise UsageError(f"hd.{missing[0]} is missing; a written configuration has every field")
         return cls(**values)
@@ -112,7 +129,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number from 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -126,7 +144,7 @@ def _checked_grids(grids: object) -> tuple[tuple[int, int], ...]:
         raise UsageError(f"hd.grids must be a list of (rows, cols), not {grids!r}")
     checked = []
     for grid in grids:
-        if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(map(_is_count, grid)):
+        if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(map(is_count, grid)):
             raise UsageError(f"hd.grids: {grid!r} is not (rows, cols) of at least 1 tile each")
         checked.append((grid[0], grid[1]))
     if len(set(checked)) != len(checked):
@@ -140,14 +158,18 @@ def suggest(word: str, known: Collection[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"there is {', '.join(known)}"
 
 
+def grids_up_to(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All (rows, cols) of at most so many tiles: rows, then columns, then the others."""
+    counts = range(1, max_tiles + 1)
+    return (
+        *((1, cols) for cols in counts),
+        *((rows, 1) for rows in counts[1:]),
+        *((r, c) for r in counts[1:] for c in range(2, max_tiles // r + 1)),
+    )
+
+
 # The paper's shapes: up to six tiles in a row or a column, and 2x2, 2x3, 3x2.
-FLEXIBLE_GRIDS = (
-    *((1, cols) for cols in range(1, 7)),
-    *((rows, 1) for rows in range(2, 7)),
-    (2, 2),
-    (2, 3),
-    (3, 2),
-)
+FLEXIBLE_GRIDS = grids_up_to(6)
 
 PRESETS: dict[str, HDConfig] = {
     "hd448": HDConfig(),

@@ -8,10 +8,16 @@ bracketed there; the one deviation is written at `_kept_span`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from .errors import DataError
 from .grid import HDConfig, select_grid
+
+
+class TooManyTokens(DataError):
+    """An image that no allowed grid brings within max_visual_tokens; the message says how many
+    would do."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,11 @@ class TilePlan:
 
 
 def plan_image(size: tuple[int, int], config: HDConfig) -> TilePlan:
-    """The plan of an image of `size` (height, width). Raises ValueError for a size below 1x1."""
+    """The plan of an image of `size` (height, width): on the grid that keeps most detail, of those
+    within the configuration's limit of tokens.
+
+    Raises ValueError for a size below 1x1, TooManyTokens where no allowed grid is within it.
+    """
     height, width = size
     return _plan(int(height), int(width), config)
 
@@ -96,15 +106,39 @@ def plan_image(size: tuple[int, int], config: HDConfig) -> TilePlan:
 def _plan(height: int, width: int, config: HDConfig) -> TilePlan:
     if height < 1 or width < 1:
         raise ValueError(f"an image of {height}x{width} pixels cannot be planned")
-    grid = select_grid((height, width), config)
+    if config.max_visual_tokens is None:
+        return _on_grid((height, width), config, select_grid((height, width), config))
+    return _within(height, width, config, config.max_visual_tokens)
+
+
+def _within(height: int, width: int, config: HDConfig, limit: int) -> TilePlan:
+    """The plan on the best grid of those that give at most `limit` tokens."""
+    size = (height, width)
+    plans = {grid: _on_grid(size, config, grid) for grid in config.grids or (None,)}
+    fitting = [plan for plan in plans.values() if plan.num_tokens <= limit]
+    if not fitting:
+        least = min(plans.values(), key=lambda plan: plan.num_tokens)
+        where = f" (grid {least.grid[0]}x{least.grid[1]})" if config.grids else ""
+        smaller = ", or allow smaller grids (max_tiles)" if math.prod(least.grid) > 1 else ""
+        raise TooManyTokens(
+            f"an image of {height}x{width} px needs at least {least.num_tokens} visual tokens"
+            f"{where}, more than max_visual_tokens {limit}; raise it to {least.num_tokens}{smaller}"
+        )
+    if not config.grids:
+        return fitting[0]
+    chosen = select_grid(size, replace(config, grids=tuple(plan.grid for plan in fitting)))
+    return plans[chosen]
+
+
+def _on_grid(size: tuple[int, int], config: HDConfig, grid: tuple[int, int] | None) -> TilePlan:
     rows, cols = grid or (0, 0)
     canvas = (rows * config.tile_px, cols * config.tile_px)
-    resized = _fit((height, width), canvas) if grid else (0, 0)
+    resized = _fit(size, canvas) if grid else (0, 0)
     offset = ((canvas[0] - resized[0]) // 2, (canvas[1] - resized[1]) // 2)
-    kept_rows, kept_cols = _kept((height, width), canvas, resized, offset, config)
+    kept_rows, kept_cols = _kept(size, canvas, resized, offset, config)
     return TilePlan(
         config=config,
-        image_size=(height, width),
+        image_size=size,
         grid=(rows, cols),
         canvas_size=canvas,
         resized_size=resized,

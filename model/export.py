@@ -30,8 +30,19 @@ ARCHITECTURES = {
     "llava_hf": ("LlavaForConditionalGeneration", "Llava"),
 }
 # Format -> what it fixes of the geometry, and the presets that have it.
-TILED = {"global_view": "squash", "keep": "llava_next", "row_end": True, "pad_colour": "black"}
-SINGLE = {"global_view": "pad", "row_end": False, "pad_colour": "mean"}
+TILED: dict[str, object] = {
+    "global_view": "squash",
+    "keep": "llava_next",
+    "row_end": True,
+    "pad_colour": "black",
+    "max_visual_tokens": None,
+}
+SINGLE: dict[str, object] = {
+    "global_view": "pad",
+    "row_end": False,
+    "pad_colour": "mean",
+    "max_visual_tokens": None,
+}
 
 
 @dataclass(frozen=True)

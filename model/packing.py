@@ -194,7 +194,7 @@ def _tables(
                 f"{cut[0]} tiles for {cut[1]} planned"
             )
         for plan in sample.plans:
-            if plan.config != config.hd:
+            if not plan.config.reads_like(config.hd):
                 raise ValueError(f"{sample.name}: planned for another geometry, {plan.config}")
             table = visual_source(plan)
             is_row = table != ROW_END

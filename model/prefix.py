@@ -46,10 +46,16 @@ class PrefixNotSharedWarning(UserWarning):
 
 def sharing_refusal(causal_lm: PreTrainedModel) -> str | None:
     """Why questions cannot share a prefix in this language model; None when they can."""
-    config = causal_lm.config.to_dict()
     attention = causal_lm.config._attn_implementation
     if attention not in MASKED:
         return f"attention {attention} takes no mask of our own; choose attention=auto"
+    return keeping_refusal(causal_lm)
+
+
+def keeping_refusal(causal_lm: PreTrainedModel) -> str | None:
+    """Why what this language model has read cannot be kept for another prompt that begins alike;
+    None when it can."""
+    config = causal_lm.config.to_dict()
     layers = set(config.get("layer_types") or []) - {"full_attention"}
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if layers or window is not None:

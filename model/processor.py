@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoTokenizer
 
 from ..hd.image import image_size, load_image
+from ..hd.limits import NO_LIMITS, ResolutionLimits, limited
 from ..hd.plan import TilePlan, plan_image
 from ..hd.tiler import tile_image
 from .config import LlavaHDConfig
@@ -72,13 +73,20 @@ class Processor:
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Processor:
-        """The processor of a model folder that `LlavaHD.from_pretrained` reads."""
+    def from_pretrained(cls, path: str | Path, limits: ResolutionLimits = NO_LIMITS) -> Processor:
+        """The processor of a model folder that `LlavaHD.from_pretrained` reads. limits: of the
+        images' resolution, instead of what the model was trained on (hd/limits.py)."""
         config = read_config(path)
+        config = replace(config, hd=limited(config.hd, limits))
         text = dict(config.text)
         # Told what the text model is, transformers does not look at our config.json.
         told = AutoConfig.for_model(text.pop("model_type"), **text)
         return cls(AutoTokenizer.from_pretrained(path, config=told), config)
+
+    def limited(self, limits: ResolutionLimits) -> Processor:
+        """The same processor with other limits of resolution; its cuts go to the same model."""
+        config = replace(self.config, hd=limited(self.config.hd, limits))
+        return Processor(self.tokenizer, config)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer files; the configuration is the model's config.json."""

@@ -5,7 +5,7 @@ For servers and chat. A greedy answer has the tokens of `generate.answer`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,11 +16,12 @@ from ..hd.image import as_rgb
 from .generate import end_tokens
 from .llava_hd import LlavaHD
 from .packing import Sample, pack
-from .processor import Processor
+from .processor import Cut, Processor
 from .prompt import IGNORE, Turn, encode_question
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import Cache
 
 UNFINISHED = "\ufffd"  # what half of a character's bytes decodes to
 
@@ -35,26 +36,30 @@ class Sampling:
     seed: int | None = None
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True)
 class Piece:
     """New text of an answer; num_tokens: made until now; finish: only of the last piece, "stop"
-    (end token or stop text) or "length"."""
+    (end token or stop text), "length", or "cancelled" (chat sessions alone)."""
 
     text: str
     num_tokens: int
-    finish: Literal["stop", "length"] | None = None
+    finish: Literal["stop", "length", "cancelled"] | None = None
 
 
 def chat_sample(
     processor: Processor,
     turns: Sequence[Turn],
-    images: Sequence[Image],
+    images: Sequence[Image | Cut],
     system: str | None = None,
     name: str = "",
 ) -> Sample:
     """A conversation that waits for its next answer; `<image>` tags in its human turns stand for
-    the images, in order. system: instead of the template's. Raises SampleError."""
-    cuts = [processor.cut(as_rgb(image)) for image in images]
+    the images (of any mode, or cut already), in order. system: instead of the template's. Raises
+    SampleError."""
+    cuts = [image if isinstance(image, Cut) else processor.cut(as_rgb(image)) for image in images]
     config = processor.config
     counts = [cut.plan.num_tokens for cut in cuts]
     ids = encode_question(
@@ -74,11 +79,12 @@ def token_stream(
     sample: Sample,
     max_new_tokens: int,
     ends: Sequence[int],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
 ) -> Iterator[int]:
     """The answer's tokens one by one, up to and without the end token."""
-    generator = _generator(model, sampling)
-    for token in _tokens(model, sample, max_new_tokens, sampling, generator):
+    with torch.inference_mode():
+        x = model.embeddings(pack([sample], model.config).to(model.device))
+    for token in continued(model, x, max_new_tokens, sampling):
         if token in ends:
             return
         yield token
@@ -90,15 +96,22 @@ def text_stream(
     sample: Sample,
     max_new_tokens: int,
     stops: Sequence[str] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
 ) -> Iterator[Piece]:
     """The answer's text in pieces, the last one with `finish`; without white space at its ends, and
     without the first of the `stops` and what follows it."""
+    ends = end_tokens(model, tokenizer)
+    tokens = token_stream(model, sample, max_new_tokens, ends, sampling)
+    return text_pieces(tokens, tokenizer, max_new_tokens, stops)
+
+
+def text_pieces(
+    tokens: Iterable[int], tokenizer: Any, max_new_tokens: int, stops: Sequence[str] = ()
+) -> Iterator[Piece]:
+    """The text of an answer's tokens (at most max_new_tokens, no end token), as `text_stream`."""
     ids: list[int] = []
     sent = ""
-    for token in token_stream(
-        model, sample, max_new_tokens, end_tokens(model, tokenizer), sampling
-    ):
+    for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True).lstrip()
         stopped = cut_at(text, stops)
@@ -132,18 +145,24 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
 
 
 @torch.inference_mode()
-def _tokens(
+def continued(
     model: LlavaHD,
-    sample: Sample,
+    x: Tensor,
     max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator | None,
+    sampling: Sampling = GREEDY,
+    cache: Cache | None = None,
+    num_cached: int = 0,
 ) -> Iterator[int]:
-    """Prefill, then one token at a time on the cache of keys and values."""
+    """What the model writes behind a prompt, token by token and without an end: prefill of its
+    embeddings `[t H]`, then one token at a time on the cache of keys and values.
+
+    cache: holds the num_cached tokens that stand before x, and is given what is read here; before
+    a token is yielded, all tokens but that one are in it.
+    """
+    generator = _generator(model, sampling)
     causal_lm = model.language.causal_lm
-    x = model.embeddings(pack([sample], model.config).to(model.device))[None]  # [1 T H]
-    mask = torch.ones(1, x.shape[1], dtype=torch.int64, device=x.device)
-    cache = None
+    x = x[None]  # [1 t H]
+    mask = torch.ones(1, num_cached + x.shape[1], dtype=torch.int64, device=x.device)
     for _ in range(max_new_tokens):
         out = causal_lm(
             inputs_embeds=x,

@@ -23,6 +23,7 @@ from tiny import random_image, tiny_hd
 from llava_hd.cli.eval_serve import is_loopback, listen
 from llava_hd.cli.main import main
 from llava_hd.cli.serve_engine import Engine
+from llava_hd.hd.limits import ResolutionLimits
 from llava_hd.model.assemble import assemble
 from llava_hd.model.generate import answer
 
@@ -251,3 +252,17 @@ def test_the_command_refuses_what_is_not_safe(
     assert all(map(is_loopback, local))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "localhost.evil", "")))
     assert os.environ.get("LLAVA_HD_TOKEN") is None
+
+
+def test_the_server_keeps_to_the_limits_of_its_processor(pair) -> None:
+    model, processor = pair
+    limits = ResolutionLimits(max_visual_tokens=40)
+    engine = Engine("tiny", model, processor.limited(limits), LIMITS)
+    with Running(engine) as server:
+        image = random_image((60, 90), 3)
+        found = asked(server, with_images("what is on the mat?", url_of(image)))
+        prompt = len(processor.limited(limits).question("what is on the mat?", [image]).ids)
+        assert found.usage.prompt_tokens == prompt
+        engine.processor = processor.limited(ResolutionLimits(max_visual_tokens=20))
+        with pytest.raises(openai.BadRequestError, match="needs at least 26 visual tokens"):
+            asked(server, with_images("what is on the mat?", url_of(image)))

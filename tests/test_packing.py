@@ -137,7 +137,7 @@ def test_placeholders_that_differ_from_the_plan_are_named() -> None:
 
 
 def test_a_plan_for_another_geometry_is_refused() -> None:
-    plan = plan_image((100, 90), tiny_hd("hd448"))
+    plan = plan_image((100, 90), tiny_hd("hdflex-paper"))
     tiles = tile_image(random_image((100, 90)), plan)
     ids = [1, *[IMAGE_ID] * plan.num_tokens, 9]
     with pytest.raises(ValueError, match="photo 14: planned for another geometry"):

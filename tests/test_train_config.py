@@ -11,6 +11,7 @@ import yaml
 
 from llava_hd.hd.errors import UsageError
 from llava_hd.hd.grid import PRESETS
+from llava_hd.hd.limits import ResolutionLimits, limited
 from llava_hd.train.config import SHIPPED_FOLDER, TrainConfig, leaves, part_folder
 from llava_hd.train.recipe import (
     changed_settings,
@@ -231,6 +232,43 @@ def test_a_geometry_or_a_whole_model_takes_the_place_of_what_the_recipe_had():
     assert (whole.path, whole.vision, whole.geometry) == ("m", None, None)
     with pytest.raises(UsageError, match=r"model\.vision has no place"):
         built(model__path="m", model__vision="v")
+
+
+def test_limits_of_resolution_are_settings_written_back_whole():
+    recipe = read_recipe(find_recipe("vicuna-7b-hdflex", "finetune"))
+    config = config_from(with_values(recipe, {"model.max_tiles": 9, "model.grid": None}))
+    assert config.model.geometry == limited(PRESETS["hdflex"], ResolutionLimits(max_tiles=9))
+    again = config_from(yaml.safe_load(config_yaml(config)))
+    assert again == config and again.model.max_tiles == 9
+    tight = config_from(with_values(recipe, {"model.max_visual_tokens": 900}))
+    assert tight.model.geometry is not None and tight.model.geometry.max_visual_tokens == 900
+    assert changed_settings(config_values(config), config_values(tight)) == [
+        "model.max_tiles",
+        "model.max_visual_tokens",
+    ]
+    flagged = with_values(config_values(config), {"model.grid": "2x3"})
+    forced = config_from(flagged).model  # a flag takes the place of the recipe's other one
+    assert forced.geometry is not None and forced.geometry.grids == ((2, 3),)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model.max_tiles": 0}, "model.max_tiles must be a whole number from 1, not 0"),
+        ({"model.max_tiles": "9"}, "model.max_tiles must be a whole number"),
+        ({"model.max_tile": 9}, "model.max_tile is not a setting; did you mean 'max_tiles'"),
+        ({"model.grid": "2by2"}, "model.grid '2by2' is not ROWSxCOLS; give one such as 2x3"),
+        (
+            {"model.grid": "2x2", "model.max_tiles": 4},
+            "model.grid 2x2 allows no other, so max_tiles 4 has no place",
+        ),
+        ({"model.preset": "base336", "model.max_tiles": 4}, "model.max_tiles has no meaning"),
+    ],
+)
+def test_limits_that_make_no_sense_are_named_with_their_setting(flags, message):
+    recipe = read_recipe(find_recipe("vicuna-7b-hdflex", "finetune"))
+    with pytest.raises(UsageError, match=message):
+        config_from(with_values(recipe, flags))
 
 
 def test_numbers_in_yaml_may_look_like_text():

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..hd.plan import plan_image
+from ..hd.plan import TooManyTokens, plan_image
 from ..model.prompt import IMAGE_TAG
 from .data_check import Checked
 from .data_check_tokens import CHARACTERS_PER_TOKEN, CheckSettings
@@ -71,11 +71,16 @@ def token_lengths(checked: Checked) -> np.ndarray:
 
 def tile_counts(checked: Checked, settings: CheckSettings) -> dict[str, int]:
     """Images by their grid, "rows x cols", the most frequent first."""
-    grids = Counter(plan_image(size, settings.hd).grid for size in checked.sizes.values())
-    named = {
-        ("no grid" if grid == (0, 0) else f"{grid[0]}x{grid[1]}"): grids[grid] for grid in grids
-    }
+    named = Counter(_grid(size, settings) for size in checked.sizes.values())
     return dict(sorted(named.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def _grid(size: tuple[int, int], settings: CheckSettings) -> str:
+    try:
+        rows, cols = plan_image(size, settings.hd).grid
+    except TooManyTokens:
+        return "none fits"
+    return f"{rows}x{cols}" if rows else "no grid"
 
 
 def _first_questions(checked: Checked) -> list[Hashable | None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..hd.errors import UsageError
 from ..hd.grid import HDConfig
-from ..hd.plan import plan_image
+from ..hd.plan import TooManyTokens, plan_image
 from ..model.prompt import IMAGE_TAG, SampleError, Turn, encode_conversation, get_template
 
 CHARACTERS_PER_TOKEN = 4  # of English in Vicuna's vocabulary, roughly
@@ -67,7 +67,10 @@ def measure(
     settings: CheckSettings, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]
 ) -> Measure:
     """The lengths of a checked record with images of these (height, width)."""
-    counts = [plan_image(size, settings.hd).num_tokens for size in sizes]
+    try:
+        counts = [plan_image(size, settings.hd).num_tokens for size in sizes]
+    except TooManyTokens as error:
+        return Measure(0, 0, str(error))
     visual = sum(counts)
     if settings.tokenizer is None:
         tokens = visual + _estimate(turns, settings.template)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..hd.errors import UsageError
+from ..hd.limits import limited
 from ..model.adapter_config import AdapterConfig, BaseFolders
 from ..model.config import LlavaHDConfig, read_config_json
 from ..model.foreign import read_config
@@ -131,7 +132,8 @@ def _model_config(source: ModelSource) -> tuple[LlavaHDConfig, Processor | None,
         folder = part_folder(source.path)
         try:
             config = read_config(folder)
-            return config, Processor.from_pretrained(folder), ()
+            config = replace(config, hd=limited(config.hd, source.limits))
+            return config, Processor.from_pretrained(folder, source.limits), ()
         except UsageError as error:
             raise UsageError(f"model.path: {error}") from error
         except OSError:  # transformers' word for a folder without a tokenizer

@@ -171,7 +171,8 @@ def largest_image(hd: HDConfig) -> tuple[int, int]:
     tokens += [
         views * hd.patches_per_tile + rows * side * (cols * side + ends) for rows, cols in hd.grids
     ]
-    return max(tokens), views + max((rows * cols for rows, cols in hd.grids), default=0)
+    most = max(tokens) if hd.max_visual_tokens is None else min(max(tokens), hd.max_visual_tokens)
+    return most, views + max((rows * cols for rows, cols in hd.grids), default=0)
 
 
 def pack_budget(config: TrainConfig, samples: Samples, samples_per_step: int) -> int:

@@ -17,13 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from torch import nn
 
 from ..hd.errors import UsageError
 from ..model.llava_hd import LlavaHD
+from ..model.needs import head_width
 from .checkpoint_state import STATE_FILE, read_state
 from .config import METRICS_FILE
 from .estimate_model import outline_run
@@ -81,7 +81,7 @@ def count_operations(model: LlavaHD, work: Work, checkpointing: bool) -> Operati
     decoder = model.language.causal_lm.get_decoder()
     forward, backward = _linears(decoder, work.tokens)
     config = model.language.causal_lm.config
-    heads_width = config.num_attention_heads * _head_width(config)
+    heads_width = config.num_attention_heads * head_width(config)
     attention = 2.0 * work.squares * heads_width * config.num_hidden_layers
     head = model.language.head.weight
     head_products = 3 if head.requires_grad else 2  # logits, and both gradients at once
@@ -96,11 +96,6 @@ def count_operations(model: LlavaHD, work: Work, checkpointing: bool) -> Operati
         head=2.0 * head_products * head.numel() * work.labels,
         again=again + tower_again + projector_again,
     )
-
-
-def _head_width(config: Any) -> int:
-    values = config.to_dict()
-    return values.get("head_dim") or config.hidden_size // config.num_attention_heads
 
 
 def _linears(module: nn.Module, rows: float) -> tuple[float, float]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..hd.errors import UsageError
+from ..hd.limits import beyond_training, limited
 from ..model.attention import implementation
 from ..model.config import LlavaHDConfig, read_config_json
+from ..model.foreign import read_config
 from ..model.prompt import get_template
 from .checkpoint_state import (
     STATE_FILE,
@@ -113,6 +115,7 @@ def check_model_source(source: ModelSource) -> None:
                 raise UsageError(f"model.{field}: {error}") from error
     hd = source.geometry
     if hd is None:
+        resolution_words(source)  # the limits must fit the whole model's geometry
         return
     vision = kinds["vision"]
     # Raises when tile or patch differ from what the tower takes.
@@ -124,6 +127,23 @@ def check_model_source(source: ModelSource) -> None:
         projector=source.projector,
         vision_layer=source.vision_layer,
     )
+
+
+def resolution_words(source: ModelSource) -> str | None:
+    """A warning where a whole model goes on with grids that it was not trained on until now.
+
+    Raises UsageError for limits that make no sense with its geometry.
+    """
+    if source.path is None or not source.limits:
+        return None
+    folder = part_folder(source.path)
+    trained = read_config(folder).hd
+    try:
+        used = limited(trained, source.limits)
+    except UsageError as error:
+        raise UsageError(f"model.{error}") from error
+    line = beyond_training(trained, used)
+    return None if line is None else f"warning: model.path {source.path}: {line}"
 
 
 def _check_output_dir(config: TrainConfig) -> None:

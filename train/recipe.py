@@ -18,6 +18,8 @@ from .config import FREE_TO_CHANGE, TrainConfig, leaves
 REPLACES = {
     "model.preset": ("hd",),
     "model.hd": ("preset",),
+    "model.max_tiles": ("grid",),
+    "model.grid": ("max_tiles",),
     "model.path": ("vision", "language", "projector_from", "preset", "hd"),
 }
 STAGES = get_args(get_type_hints(TrainConfig)["stage"])

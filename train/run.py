@@ -35,7 +35,7 @@ from .metrics import StepMetrics, draw_loss_curve, read_metrics
 from .optimizer import LearningRates, build_optimizer, freeze, trained_words
 from .ordering import NEED_LENGTHS, checked_lengths, run_order
 from .output_lock import OutputLock
-from .prepare import Job, is_finished, prepare
+from .prepare import Job, is_finished, prepare, resolution_words
 from .stop import StopRequest
 from .together import lost_peers, on_all, on_main, said_once
 
@@ -147,6 +147,9 @@ def start_loop(
     config = job.config
     listener.say(f"{job.data_words}; loading the model")
     model, processor = on_all(world, lambda: build_model(config, job.checkpoint))
+    told = resolution_words(config.model)
+    if told is not None:
+        listener.say(told)
     order = _order(job, processor, world, listener)
     freeze(model, config.stage, config.train_vision, config.vision_layers)
     listener.say(trained_words(model))
@@ -184,7 +187,9 @@ def build_model(config: TrainConfig, checkpoint: Path | None) -> tuple[LlavaHD, 
     whole = checkpoint if source.path is None else checkpoint or part_folder(source.path)
     if whole is not None:
         model = LlavaHD.from_pretrained(whole, dtype=dtype, attention=source.attention)
-        return model, Processor.from_pretrained(whole)
+        processor = Processor.from_pretrained(whole, source.limits)
+        model.config = processor.config  # what is trained on is what is saved
+        return model, processor
     hd = source.geometry
     assert hd is not None and source.vision is not None and source.language is not None
     stage_1 = source.projector_from

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ..hd.errors import UsageError
 from ..hd.grid import HDConfig, get_preset
+from ..hd.limits import ResolutionLimits, limited, parse_grid
 
 
 def setting(default: Any, help_text: str) -> Any:
@@ -41,6 +42,11 @@ class ModelSource:
     projector_from: str | None = setting(None, "stage 1's output: projector and row-end to go on")
     preset: str | None = setting(None, "geometry by name: hd448, hdflex, base336, ...")
     hd: HDConfig | None = setting(None, "geometry in full, instead of a preset")  # noqa: RUF009
+    max_tiles: int | None = setting(None, "all grids of at most so many tiles, instead of its own")
+    max_visual_tokens: int | None = setting(
+        None, "of an image; it gets the best grid within that, or is a bad sample"
+    )
+    grid: str | None = setting(None, "ROWSxCOLS: this grid for every image, instead of its own")
     projector: Literal["mlp2x_gelu", "linear"] = setting("mlp2x_gelu", "kind of projector")
     vision_layer: int = setting(-2, "which hidden state of the tower; -2 is the last but one")
     template: str = setting("vicuna_v1", "conversation template that the model is asked with")
@@ -63,13 +69,24 @@ class ModelSource:
             )
         elif len(geometry) != 1:
             raise UsageError("give the geometry of the images as model.preset or as model.hd")
-        if self.preset is not None:
-            get_preset(self.preset)
+        try:
+            self.geometry  # noqa: B018 (what does not fit is told here)
+        except UsageError as error:
+            raise UsageError(f"model.{error}") from error
+
+    @property
+    def limits(self) -> ResolutionLimits:
+        """Which grids its images may have, other than the geometry's own."""
+        grid = None if self.grid is None else parse_grid(self.grid)
+        return ResolutionLimits(self.max_tiles, self.max_visual_tokens, grid)
 
     @property
     def geometry(self) -> HDConfig | None:
-        """The geometry of parts; None for a whole model, whose config.json has it."""
-        return self.hd if self.preset is None else get_preset(self.preset)
+        """The geometry of parts, within the limits; None for a whole model, whose config.json has
+        it (`limits` apply to that)."""
+        limits = self.limits
+        found = self.hd if self.preset is None else get_preset(self.preset)
+        return None if found is None else limited(found, limits)
 
 
 INSIDE = (".parquet", ".tar")  # kinds of files that may hold the images themselves
