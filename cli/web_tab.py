@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from ..hd.errors import UsageError
 from ..hd.grid import HDConfig
@@ -223,8 +223,7 @@ class Tab:
         chat, images = self.chats[number], []
         if picture is not None and not self._knows(number, picture):
             images = [chat.image(picture.image, str(picture.thumbnail))]
-        answer = chat.ask(self._expected, images, self.hall.limits.max_new_tokens)
-        return cast("Generator[Piece]", answer)
+        return chat.ask(self._expected, images, self.hall.limits.max_new_tokens)
 
     def _pieces(self, answers: Sequence[Generator[Piece]], said: dict[int, str]) -> Iterator[None]:
         """A piece of each answer in turn until all are at their end, or stopped."""
