@@ -10,11 +10,12 @@ FOLDERS := hd kernels model train bench cli
 
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: help setup demo test check faults format clean
+.PHONY: help setup demo test browser check faults format clean
 
 help:
 	@echo "make demo    the whole job at nano size on a CPU: data, two stages, two models, report"
 	@echo "make test    the test suite"
+	@echo "make browser install Chromium and its driver (Debian, as root) for the tests of the web page"
 	@echo "make check   formatting, lint, types, import arrows"
 	@echo "make faults  break training runs in every way; the figures of docs/reliability.md (an hour and more)"
 	@echo "make format  rewrite the sources in the project's format"
@@ -41,6 +42,12 @@ $(OLD): $(STAMP)
 test: $(STAMP) $(OLD)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+
+# The web page is tested in Chromium; without one its tests are skipped, and say so.
+browser:
+	@{ command -v chromium && command -v chromedriver; } >/dev/null \
+	|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
+	|| echo "no Chromium with its driver could be installed; tests of the web page will be skipped"
 
 faults: $(STAMP)
 	$(BIN)/llava-hd bench faults --docs docs/reliability.md

@@ -14,6 +14,7 @@ BITSANDBYTES = "bitsandbytes>=0.49"  # linears in 4 or 8 bits (QLoRA)
 PYARROW = "pyarrow>=19"  # Parquet files of records
 OPENAI = "openai>=3"  # `llava-hd data generate` alone
 SERVE = ["starlette>=0.46", "uvicorn>=0.40"]  # `llava-hd eval serve`
+WEB = ["gradio>=6.31,<7", *SERVE]  # `llava-hd web`; its page was fitted to this major version
 # What lmms-eval's evaluator imports. It asks for fifty packages more (video, torchvision, wandb),
 # so the suite installs it alone, with these (Makefile).
 HARNESS = ["datasets", "evaluate", "loguru", "pytz", "requests", "sacrebleu", "tenacity"]
@@ -59,12 +60,12 @@ setup(
         "gpu": [TRITON, "liger-kernel", "xformers", "flash-attn"],
         "data": [OPENAI, PYARROW],
         "qlora": [BITSANDBYTES],
-        "web": ["gradio"],
+        "web": WEB,
         "eval": ["lmms-eval>=0.7"],
         "serve": SERVE,
         "dev": [
             *HARNESS,
-            *SERVE,
+            *WEB,
             BITSANDBYTES,
             "hypothesis",
             "mypy",
@@ -74,6 +75,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "selenium",
             TRITON,
             "types-PyYAML",
             "webdataset",

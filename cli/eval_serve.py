@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from argparse import Namespace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..hd.errors import UsageError
+from .listening import is_loopback, listen, shown_address
 from .parser import Parser
 from .resolution import add_limits, limits_of, tell_before
 
@@ -61,10 +61,9 @@ def run(args: Namespace) -> int:
     listening = listen(args.host, args.port)
     limits = _limits(args)
     engine = _load(args, limits)
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
     locked = "a token is asked for" if token else "no token is asked for"
-    print(f"serving {engine.name} at http://{shown}:{port}/v1 ({locked})", flush=True)
+    address = shown_address(listening)
+    print(f"serving {engine.name} at http://{address}/v1 ({locked})", flush=True)
     serve(engine, token, listening)
     return 0
 
@@ -80,28 +79,6 @@ def read_token(host: str) -> str | None:
             f"into the environment as {TOKEN}, or take --host 127.0.0.1"
         )
     return token or None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; UsageError for an address that cannot be had."""
-    if not 0 <= port < 65536:
-        raise UsageError(f"--port {port}: give a number from 0 to 65535")
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"--host {host} --port {port} cannot be had ({reason})") from error
 
 
 def serve(engine: Engine, token: str | None, listening: socket.socket) -> None:

@@ -30,6 +30,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("merge-lora",): ("merge_lora", "make a LoRA adapter and its base one whole model, checked"),
     ("import",): ("import_model", "others' checkpoints as a model of ours"),
     ("export",): ("export_model", "a model in the formats of transformers, vLLM and SGLang"),
+    ("web",): ("web", "a page to chat with one model or two about pictures, in the browser"),
     ("eval", "pope"): ("eval_pope", "answer and score POPE, or score existing answers"),
     ("eval", "pack"): (
         "eval_pack",

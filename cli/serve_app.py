@@ -26,11 +26,11 @@ from starlette.routing import Route
 from starlette.types import Send
 
 from ..model.stream import Piece
+from .listening import LOOPBACK_NAMES, called_name
 from .serve_engine import Engine, Prepared
 from .serve_request import RequestRefused
 
 GONE = 499  # nobody is there to read it
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -81,9 +81,7 @@ def build_app(engine: Engine, token: str | None, started: float | None = None) -
 def _check_caller(request: Request, token: str | None) -> None:
     """Raise RequestRefused for a wrong token, or without one for a name that is no loopback."""
     if token is None:
-        name = request.headers.get("host", "").lower()
-        name = name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
-        if name not in LOOPBACK_NAMES:
+        if called_name(request.headers.get("host", "")) not in LOOPBACK_NAMES:
             raise RequestRefused("this server answers to localhost only", status=403)
         return
     given = request.headers.get("authorization", "")

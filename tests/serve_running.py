@@ -17,7 +17,7 @@ pytest.importorskip("starlette", reason="the server's library is not installed (
 uvicorn = pytest.importorskip("uvicorn", reason="the server is not installed (extra serve)")
 openai = pytest.importorskip("openai", reason="the openai client is not installed (extra data)")
 
-from llava_hd.cli.eval_serve import listen  # noqa: E402
+from llava_hd.cli.listening import listen  # noqa: E402
 from llava_hd.cli.serve_app import build_app  # noqa: E402
 from llava_hd.cli.serve_engine import Engine  # noqa: E402
 from llava_hd.cli.serve_request import ServeLimits  # noqa: E402

@@ -37,7 +37,7 @@ DOORS = {
     "uvicorn": {"cli"},
     "jsonargparse": {"cli"},
     "rich": {"cli"},
-    "gradio": {"cli"},
+    "gradio": {"cli/web_page.py", "cli/web_events.py"},
 }
 WITHOUT_TORCH = ["hd/errors.py", "hd/grid.py", "hd/plan.py", "train/config.py", "model/config.py"]
 

@@ -20,7 +20,7 @@ import pytest
 from serve_running import LIMITS, USER, Running, asked, openai, url_of, with_images
 from tiny import random_image, tiny_hd
 
-from llava_hd.cli.eval_serve import is_loopback, listen
+from llava_hd.cli.listening import is_loopback, listen
 from llava_hd.cli.main import main
 from llava_hd.cli.serve_engine import Engine
 from llava_hd.hd.limits import ResolutionLimits
