@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import anyio
 from anyio import to_thread
 
+from ..model.generate import context_length
 from ..model.llava_hd import LlavaHD
 from ..model.packing import Sample
 from ..model.processor import Processor
 from ..model.prompt import SampleError
-from ..model.stream import Piece, chat_sample, context_length, text_stream
+from ..model.stream import Piece, chat_sample, text_stream
 from .serve_request import ChatRequest, RequestRefused, ServeLimits, parse_chat, parse_json
 
 

@@ -64,11 +64,6 @@ def chat_sample(
     return Sample(ids, [IGNORE] * len(ids), plans, tiles, name)
 
 
-def context_length(model: LlavaHD) -> int | None:
-    """Tokens that the language model was made for, prompt and answer; None where it says none."""
-    return model.config.text.get("max_position_embeddings")
-
-
 def token_stream(
     model: LlavaHD,
     sample: Sample,

@@ -9,7 +9,7 @@ import torch
 from tiny import random_image, tiny_hd
 
 from llava_hd.model.assemble import assemble
-from llava_hd.model.generate import answer, end_tokens
+from llava_hd.model.generate import answer, context_length, end_tokens
 from llava_hd.model.llava_hd import LlavaHD
 from llava_hd.model.processor import Processor
 from llava_hd.model.prompt import SampleError, Turn
@@ -18,7 +18,6 @@ from llava_hd.model.stream import (
     Sampling,
     chat_sample,
     choose,
-    context_length,
     cut_at,
     text_stream,
     token_stream,
