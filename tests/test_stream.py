@@ -91,6 +91,12 @@ def test_top_p_leaves_only_the_likeliest_tokens() -> None:
     assert choose(logits, Sampling(), None) == 1
 
 
+def test_no_temperature_is_too_low() -> None:
+    logits = torch.tensor([-60.0, 50.0, 49.0])
+    for temperature in (1e-300, 1e-45, 1e-40, 1e-38, 1e-7, 1e-6, 1e-3):
+        assert choose(logits, Sampling(temperature), None) == 1
+
+
 def test_a_conversation_has_its_turns_and_its_images_in_the_prompt(pair) -> None:
     model, processor = pair
     one, two = random_image((60, 60), 1), random_image((60, 90), 2)
