@@ -185,6 +185,11 @@ def read_run(folder: Path) -> RunRecord | None:
         files, labels = tuple(values["questions"]), tuple(values.get("labels", ()))
         record = RunRecord(**{**values, "questions": files, "labels": labels})
         record.identity()
+        model = record.model
+        texts = (record.prompt, record.images, record.device, model["path"], model["fingerprint"])
+        objects = (record.decoding, model.get("hd") or {})
+        if {*map(type, texts)} != {str} or {*map(type, objects)} != {dict}:
+            raise TypeError("a field of another type")
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not the record of an evaluation; remove it") from error
     return record

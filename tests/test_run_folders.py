@@ -96,6 +96,32 @@ def test_damaged_scores_are_named(
         assert "scores.json: not the scores of an evaluation" in err
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("images", 7),
+        ("prompt", None),
+        ("decoding", []),
+        ("device", {}),
+        ("model", {"path": "x", "fingerprint": 3}),
+        ("model", {"path": "x", "fingerprint": "f", "hd": 3}),
+    ],
+)
+def test_a_damaged_record_is_named(
+    folder: Path, model: Path, capsys: pytest.CaptureFixture[str], field: str, value: object
+) -> None:
+    assert run(capsys, *pope(folder, model, "a", "--limit", 1))[0] == 0
+    record = json.loads((folder / "a" / "run.json").read_text())
+    (folder / "a" / "run.json").write_text(json.dumps({**record, field: value}))
+    for words in (
+        ["compare", folder / "a", folder / "a", "--names", "x", "y", "--out", folder / "c"],
+        pope(folder, model, "a", "--limit", 1),
+    ):
+        code, _, err = run(capsys, *words)
+        assert (code, err.count("\n")) == (3, 1)
+        assert "run.json: not the record of an evaluation" in err
+
+
 def test_a_second_run_in_the_same_folder_is_refused(
     folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
