@@ -18,7 +18,7 @@ from .compare import ALL, MEAN, Comparison, Pair
 from .files import find_image
 from .pope_data import Answered, SplitFile, answer_files
 from .pope_join import load_answered
-from .pope_run import RunRecord, read_run
+from .pope_run import RunRecord, check_finished, read_run
 from .question_sets import all_matched
 
 
@@ -40,9 +40,11 @@ def read_contestant(
 ) -> Contestant:
     """A side from an evaluation's output folder or an answers file (see pope_join.load_answered).
 
-    The record of the run is looked for beside the answers.
+    The record of the run is looked for beside the answers. Raises DataError for a run that is not
+    finished.
     """
     [file] = answer_files([answers])
+    check_finished(file)
     answered = load_answered([file], questions, labels)
     return Contestant(name, file.path, answered, read_run(file.path.parent))
 

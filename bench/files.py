@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..hd.errors import DataError, UsageError
+from ..hd.errors import BatchItemError, DataError, UsageError
 from ..train.record_images import image_path, path_fault
 
 
@@ -41,6 +43,16 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     return record
 
 
+def drop_half_line(path: Path, notify: Callable[[str], None]) -> None:
+    """Cut off a last line without its end, which a stopped run left, with a word."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+        notify(f"{path}: dropped a half-written last line; its question is asked again")
+
+
 def find_image(folder: Path, name: str) -> Path | None:
     """The file of an image name below `folder`, links followed; None where there is none.
 
@@ -50,6 +62,24 @@ def find_image(folder: Path, name: str) -> Path | None:
     if path_fault(name) is None and not os.path.exists(folder / name):  # noqa: PTH110
         return None
     return image_path(folder, name)
+
+
+@contextmanager
+def naming_question(asked: Sequence[tuple[str, Path | None]]) -> Iterator[None]:
+    """A DataError inside, of one question of a batch or of its image, says which question it is.
+
+    asked: what each question of the batch is called, and the path of its image.
+    """
+    try:
+        yield
+    except DataError as error:
+        number = error.number if isinstance(error, BatchItemError) else None
+        for place, (question, image) in enumerate(asked):
+            begins = (f"{image}: ", f"{str(image)!r}: ")
+            if place == number or (number is None and str(error).startswith(begins)):
+                kept = "the answers so far are kept, the same command goes on"
+                raise DataError(f"{question}: {error}; {kept}") from error
+        raise
 
 
 def check_out(out: Path) -> None:

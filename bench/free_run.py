@@ -15,7 +15,7 @@ from typing import Any
 
 from ..hd.errors import DataError, UsageError
 from ..train.generate_journal import RUN, check_run
-from .files import find_image, read_json_lines
+from .files import drop_half_line, find_image, naming_question, read_json_lines
 from .pope_data import ANSWERS
 
 # images (None for a question without one), prompts -> answers
@@ -96,7 +96,9 @@ def _texts(path: Path, known: Sequence[str]) -> dict[str, str]:
     return texts
 
 
-def begin(out: Path, items: Sequence[Item], identity: dict[str, Any]) -> dict[str, str]:
+def begin(
+    out: Path, items: Sequence[Item], identity: dict[str, Any], notify: Callable[[str], None]
+) -> dict[str, str]:
     """Start a run in `out`, or go on with it: the answers that are there, by key.
 
     identity: what makes the answers; UsageError where it differs from the folder's.
@@ -105,7 +107,11 @@ def begin(out: Path, items: Sequence[Item], identity: dict[str, Any]) -> dict[st
         raise UsageError(f"--out {out} has {ANSWERS} but no {RUN}; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     check_run(out, json.loads(json.dumps(identity)))
-    return finished_texts(out, [item.key for item in items])
+    path = out / ANSWERS
+    if not path.exists():
+        return {}
+    drop_half_line(path, notify)
+    return _texts(path, [item.key for item in items])
 
 
 def ask_items(
@@ -117,7 +123,10 @@ def ask_items(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda answered, total: None,
 ) -> dict[str, str]:
-    """Ask what is not in `done`, each batch written before the next; all answers by key."""
+    """Ask what is not in `done`, each batch written before the next; all answers by key.
+
+    Raises DataError naming the question that cannot be asked; what is answered by then stays.
+    """
     found = dict(done)
     waiting = [item for item in items if item.key not in found]
     progress(len(found), len(items))
@@ -125,7 +134,9 @@ def ask_items(
         for start in range(0, len(waiting), batch_size):
             batch = waiting[start : start + batch_size]
             paths = [None if item.image is None else images[item.image] for item in batch]
-            texts = answer(paths, [item.prompt for item in batch])
+            asked = [(item.where, path) for item, path in zip(batch, paths, strict=True)]
+            with naming_question(asked):
+                texts = answer(paths, [item.prompt for item in batch])
             for item, text in zip(batch, texts, strict=True):
                 found[item.key] = text
                 record = {"question_id": item.key, "prompt": item.prompt, "text": text}
@@ -134,16 +145,3 @@ def ask_items(
             os.fsync(file.fileno())
             progress(len(found), len(items))
     return {item.key: found[item.key] for item in items}
-
-
-def finished_texts(out: Path, known: Sequence[str]) -> dict[str, str]:
-    """The answers on disk; a half-written last line is cut off and its question asked again."""
-    path = out / ANSWERS
-    if not path.exists():
-        return {}
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    return _texts(path, known)

@@ -27,12 +27,12 @@ from tqdm import tqdm
 from ..hd.errors import DataError, UsageError
 from ..hd.image import as_rgb, image_size, is_image
 from ..hd.plan import plan_image
-from ..model.generate import answer_batch
+from ..model.generate import answer_batch, context_length
 from ..model.llava_hd import LlavaHD
 from ..model.processor import Processor
 from ..model.prompt import IMAGE_TAG, Turn
 from ..model.scores import score_answers
-from ..model.stream import chat_sample, context_length, cut_at, text_stream
+from ..model.stream import chat_sample, cut_at, text_stream
 from .lmms_options import parse_options, place
 from .lmms_prompts import paper_text
 

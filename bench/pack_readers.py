@@ -8,17 +8,19 @@ holds them (MMBench).
 from __future__ import annotations
 
 import base64
-import binascii
 import csv
-import json
+import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..hd.errors import DataError, UsageError
+from ..train.mixture_fields import Fields, keyed, listed, only, read_json
 from .files import read_json_lines
+from .free_run import read_texts
+from .judge import read_bench, read_contexts
 from .pope_data import split_files
 from .pope_join import load_questions
 
@@ -96,141 +98,150 @@ def _beside(root: Path, category: str, stem: str) -> str | None:
 def read_gqa(files: Sequence[Path]) -> list[Document]:
     """GQA's testdev_balanced_questions.json: {id: {question, answer, imageId}}."""
     documents = []
-    for path, table in _tables(files, dict):
-        for name, record in table.items():
-            where = f"{path}: question {name}"
-            question, answer, image = _fields(record, where, "question", "answer", "imageId")
-            fields = {"question_id": name, "question": question, "answer": answer}
-            documents.append(Document(fields, (Picture(f"{image}.jpg"),), where))
+    for name, record in keyed(files, only("question", "answer", "imageId")):
+        fields = {"question_id": name, **_texts(record, "question", "answer")}
+        documents.append(_document(record, fields, f"{record.name('imageId')}.jpg"))
     return documents
 
 
 def read_vqav2(files: Sequence[Path]) -> list[Document]:
     """VQAv2's questions and annotations of a split, joined by question_id."""
-    questions, answers = {}, {}
-    subset = ""
-    for path, table in _tables(files, dict):
-        for record in table.get("questions", []):
-            (number,) = _fields(record, f"{path}: a question", "question_id")
-            questions[number] = (f"{path}: question {number}", record)
-        for record in table.get("annotations", []):
-            (number,) = _fields(record, f"{path}: an annotation", "question_id")
-            answers[number] = record
-        subset = table.get("data_subtype", subset)
-    _same_keys(questions, answers, "questions", "annotations")
+    questions: dict[str, tuple[Fields, str]] = {}
+    answers: dict[str, Fields] = {}
+    for path in files:
+        table = Fields(read_json(path), path, "")
+        for name in ("questions", "annotations"):
+            for record in table.objects(name) if name in table.value else ():
+                number = record.name("question_id")
+                if number in (questions if name == "questions" else answers):
+                    raise record.fault("question_id", f"{number} stands twice", "remove one")
+                if name == "questions":
+                    questions[number] = (record, table.text("data_subtype"))
+                else:
+                    answers[number] = record
+    _check_same(files, questions, answers)
     documents = []
-    for number, (where, record) in questions.items():
-        question, image = _fields(record, where, "question", "image_id")
-        best, given = _fields(answers[number], where, "multiple_choice_answer", "answers")
-        fields = {"question_id": number, "question": question, "answer": best, "answers": given}
-        picture = Picture(f"COCO_{subset}_{int(image):012d}.jpg")
-        documents.append(Document(fields, (picture,), where))
+    for number, (record, subset) in questions.items():
+        told = answers[number]
+        given = [{**answer.value, **_texts(answer, "answer")} for answer in told.objects("answers")]
+        fields = {
+            "question_id": record.value["question_id"],
+            **_texts(record, "question"),
+            "answer": told.text("multiple_choice_answer"),
+            "answers": given,
+        }
+        image = f"COCO_{subset}_{record.whole('image_id'):012d}.jpg"
+        documents.append(_document(record, fields, image))
     return documents
 
 
 def read_textvqa(files: Sequence[Path]) -> list[Document]:
     """TextVQA_0.5.1_val.json: {data: [{question_id, image_id, question, answers}]}."""
-    documents = []
-    for path, table in _tables(files, dict):
-        for record in _list_of(table, "data", path):
-            where = f"{path}: question {record.get('question_id')}"
-            number, image, question = _fields(record, where, "question_id", "image_id", "question")
-            (answers,) = _fields(record, where, "answers")
-            fields = {"question_id": number, "question": question, "answers": answers}
-            documents.append(Document(fields, (Picture(f"{image}.jpg"),), where))
-    return documents
+    documents: dict[str, Document] = {}
+    for path in files:
+        for record in Fields(read_json(path), path, "").objects("data"):
+            key = _new_id(record, "question_id", documents)
+            fields = {"question_id": record.value["question_id"], **_texts(record, "question")}
+            fields["answers"] = record.texts("answers")
+            documents[key] = _document(record, fields, f"{record.name('image_id')}.jpg")
+    return list(documents.values())
 
 
 def read_vizwiz(files: Sequence[Path]) -> list[Document]:
     """VizWiz's val.json: [{image, question, answers: [{answer}]}]."""
-    documents = []
-    for path, records in _tables(files, list):
-        for record in records:
-            where = f"{path}: {record.get('image')}"
-            image, question, answers = _fields(record, where, "image", "question", "answers")
-            fields = {
-                "question_id": Path(image).stem,
-                "question": question,
-                "answers": [_fields(answer, where, "answer")[0] for answer in answers],
-            }
-            documents.append(Document(fields, (Picture(image),), where))
-    return documents
+    documents: dict[str, Document] = {}
+    for path in files:
+        for record in listed(path):
+            image = _new_id(record, "image", documents)
+            answers = [answer.text("answer") for answer in record.objects("answers")]
+            fields = {"question_id": Path(image).stem, **_texts(record, "question")}
+            documents[image] = _document(record, {**fields, "answers": answers}, image)
+    return list(documents.values())
 
 
 def read_scienceqa(files: Sequence[Path]) -> list[Document]:
     """ScienceQA's problems.json: the questions of the test split, with an image or without."""
     documents = []
-    for path, problems in _tables(files, dict):
-        for number, record in problems.items():
-            where = f"{path}: problem {number}"
-            split, question, choices = _fields(record, where, "split", "question", "choices")
-            answer, hint, image = _fields(record, where, "answer", "hint", "image")
-            if split != "test":
-                continue
-            fields = {
-                "question_id": number,
-                "question": question,
-                "choices": choices,
-                "answer": answer,
-                "hint": hint,
-            }
-            pictures = (Picture(f"{split}/{number}/{image}"),) if image else ()
-            documents.append(Document(fields, pictures, where))
+    for number, record in keyed(files):
+        split, image = record.text("split"), record.get("image")
+        if split != "test":
+            continue
+        fields = {
+            "question_id": number,
+            **_texts(record, "question", "hint"),
+            "choices": record.texts("choices"),
+            "answer": _place(record, record.whole("answer"), len(record.texts("choices"))),
+        }
+        name = f"{split}/{number}/{record.text('image')}" if image is not None else None
+        documents.append(_document(record, fields, name))
     return documents
 
 
 def read_mmbench(files: Sequence[Path]) -> list[Document]:
     """MMBench's table with tabs; its images are base64, or the index of the row that has it."""
-    documents = []
+    documents: dict[str, Document] = {}
     csv.field_size_limit(min(CSV_FIELD, sys.maxsize))
     for path in files:
         images: dict[str, bytes] = {}
-        lines = _text(path).splitlines(keepends=True)
-        for row in csv.DictReader(lines, delimiter="\t"):
-            where = f"{path}: row {row.get('index')}"
-            index, question, image = _fields(row, where, "index", "question", "image")
-            images[index] = images[image] if image in images else _decoded(image, where)
+        for record in _table(path):
+            index, image = _new_id(record, "index", documents), record.text("image")
+            images[index] = images[image] if image in images else _decoded(record)
+            row = {name: value for name, value in record.value.items() if value}
+            if not index.isdecimal():
+                raise record.fault("index", f"is {index!r:.40}", "give a whole number")
             fields = {
                 "index": int(index),
-                "question": question,
-                "answer": row.get("answer") or "",
-                "hint": row.get("hint") or "nan",
-                "category": row.get("category") or "",
-                "L2-category": row.get("l2-category") or row.get("L2-category") or "",
-                "source": row.get("source") or "",
-                "split": row.get("split") or "dev",
-                **{letter: row.get(letter) or "nan" for letter in "ABCDE"},
+                "question": record.text("question"),
+                "answer": row.get("answer", ""),
+                "hint": row.get("hint", "nan"),
+                "category": row.get("category", ""),
+                "L2-category": row.get("l2-category") or row.get("L2-category", ""),
+                "source": row.get("source", ""),
+                "split": row.get("split", "dev"),
+                **{letter: row.get(letter, "nan") for letter in "ABCDE"},
             }
-            source = image if image in images and image != index else index
-            documents.append(Document(fields, (Picture(f"{source}.jpg", images[index]),), where))
-    return documents
+            picture = Picture(f"{image if image in images else index}.jpg", images[index])
+            documents[index] = Document(fields, (picture,), _where(record))
+    return list(documents.values())
 
 
-def _decoded(text: str, where: str) -> bytes:
+def _table(path: Path) -> list[Fields]:
+    """The rows of a table with tabs, each with as many fields as its head."""
+    rows = []
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t")
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise DataError(f"{where}: its image is not base64; fetch the table again") from None
+        for row in reader:
+            place = f"line {reader.line_num}"
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{path}: {place}: has more or fewer fields than the head of the table; fetch "
+                    "it again"
+                )
+            rows.append(Fields(row, path, place))
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: {error}; fetch it again") from error
+    return rows
+
+
+def _decoded(record: Fields) -> bytes:
+    try:
+        return base64.b64decode(record.text("image"), validate=True)
+    except ValueError:  # binascii.Error is one
+        raise record.fault("image", "is not base64", "fetch the table again") from None
 
 
 def read_seedbench(files: Sequence[Path]) -> list[Document]:
     """SEED-Bench.json: the questions about images (videos are left out)."""
-    documents = []
-    for path, table in _tables(files, dict):
-        for record in _list_of(table, "questions", path):
-            where = f"{path}: question {record.get('question_id')}"
-            kind, name, number = _fields(record, where, "data_type", "data_id", "question_id")
-            if kind != "image":
+    documents: dict[str, Document] = {}
+    for path in files:
+        for record in Fields(read_json(path), path, "").objects("questions"):
+            if record.text("data_type") != "image":
                 continue
-            keys = ("question", "answer", "choice_a", "choice_b", "choice_c", "choice_d")
-            values = _fields(record, where, *keys)
-            fields = {
-                "question_id": str(number),
-                "data_type": kind,
-                **dict(zip(keys, values, strict=True)),
-            }
-            documents.append(Document(fields, (Picture(name),), where))
-    return documents
+            number = _new_id(record, "question_id", documents)
+            words = _texts(record, "question", "answer", *(f"choice_{x}" for x in "abcd"))
+            fields = {"question_id": number, "data_type": "image", **words}
+            documents[number] = _document(record, fields, record.text("data_id"))
+    return list(documents.values())
 
 
 def read_llava_w(files: Sequence[Path]) -> list[Document]:
@@ -238,64 +249,85 @@ def read_llava_w(files: Sequence[Path]) -> list[Document]:
     if len(files) != 1 or not files[0].is_dir():
         raise UsageError("--annotations: give the folder with questions.jsonl and its others")
     folder = files[0]
-    context = {record.get("image"): record for _, record in _lines(folder / "context.jsonl")}
-    answers = {r.get("question_id"): r for _, r in _lines(folder / "answers_gpt4.jsonl")}
-    documents = []
-    for where, record in _lines(folder / "questions.jsonl"):
-        number, image, text = _fields(record, where, "question_id", "image", "text")
-        (category,) = _fields(record, where, "category")
-        if image not in context or number not in answers:
-            raise DataError(f"{where}: no context of {image}, or no reference answer {number}")
-        fields = {
-            "question_id": number,
-            "question": text,
-            "caption": _fields(context[image], where, "caption")[0],
-            "gpt_answer": _fields(answers[number], where, "text")[0],
-            "category": category.removeprefix("llava_bench_"),
-        }
-        documents.append(Document(fields, (Picture(image),), where))
-    return documents
+    questions = read_bench(folder / "questions.jsonl")
+    context = read_contexts(folder / "context.jsonl", questions)
+    answers = read_texts(folder / "answers_gpt4.jsonl", [question.key for question in questions])
+    return [
+        Document(
+            {
+                "question_id": question.key,
+                "question": question.text,
+                "caption": context[question.image],
+                "gpt_answer": answers[question.key],
+                "category": question.category,
+            },
+            (Picture(question.image),),
+            question.where,
+        )
+        for question in questions
+    ]
 
 
 def read_mmvet(files: Sequence[Path]) -> list[Document]:
     """mm-vet.json: {id: {imagename, question, answer, capability}}."""
     documents = []
-    for path, table in _tables(files, dict):
-        for name, record in table.items():
-            where = f"{path}: {name}"
-            image, question, answer = _fields(record, where, "imagename", "question", "answer")
-            (capability,) = _fields(record, where, "capability")
-            fields = {
-                "question_id": name,
-                "question": question,
-                "answer": answer,
-                "capability": ",".join(capability),
-            }
-            documents.append(Document(fields, (Picture(image),), where))
+    for name, record in keyed(files):
+        fields = {
+            "question_id": name,
+            **_texts(record, "question", "answer"),
+            "capability": ",".join(record.texts("capability")),
+        }
+        documents.append(_document(record, fields, record.text("imagename")))
     return documents
 
 
 def read_choices(files: Sequence[Path]) -> list[Document]:
     """One's own questions, JSON lines {question_id, question, choices, answer, image}: answer is
     the letter or the number from 0; image may be missing."""
-    documents = []
+    documents: dict[str, Document] = {}
     for path in files:
-        for where, record in _lines(path):
-            number, question, choices = _fields(record, where, "question_id", "question", "choices")
-            (answer,) = _fields(record, where, "answer")
-            if isinstance(answer, str):
-                answer = ord(answer) - ord("A") if len(answer) == 1 else -1
-            if not isinstance(choices, list) or not 0 <= answer < len(choices):
-                raise DataError(f"{where}: answer must be the letter or number of a choice")
+        for line, value in read_json_lines(path):
+            record = Fields(value, path, f"line {line}")
+            number, choices = _new_id(record, "question_id", documents), record.texts("choices")
+            answer = record.get("answer")
+            if isinstance(answer, str) and len(answer) == 1:
+                answer = ord(answer) - ord("A")
             fields = {
-                "question_id": str(number),
-                "question": question,
-                "choices": [str(choice) for choice in choices],
-                "answer": answer,
+                "question_id": number,
+                **_texts(record, "question"),
+                "choices": choices,
+                "answer": _place(record, answer, len(choices)),
             }
-            image = record.get("image")
-            documents.append(Document(fields, (Picture(image),) if image else (), where))
-    return documents
+            name = record.text("image") if value.get("image") is not None else None
+            documents[number] = _document(record, fields, name or None)
+    return list(documents.values())
+
+
+def _document(record: Fields, fields: dict[str, Any], image: str | None) -> Document:
+    return Document(fields, () if image is None else (Picture(image),), _where(record))
+
+
+def _where(record: Fields) -> str:
+    return record.where.removesuffix(": ")
+
+
+def _texts(record: Fields, *names: str) -> dict[str, str]:
+    return {name: record.text(name) for name in names}
+
+
+def _new_id(record: Fields, field: str, known: dict[str, Document]) -> str:
+    """The id of a record, as text; DataError where another has it."""
+    key = record.name(field)
+    if key in known:
+        raise record.fault(field, f"{key} stands twice", f"remove one (see {known[key].where})")
+    return key
+
+
+def _place(record: Fields, answer: Any, choices: int) -> int:
+    """The answer's place among the choices, checked."""
+    if type(answer) is not int or not 0 <= answer < choices:
+        raise record.fault("answer", f"is {answer!r:.40}", "give the letter or number of a choice")
+    return answer
 
 
 def _text(path: Path) -> str:
@@ -307,44 +339,12 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
-def _tables(files: Sequence[Path], kind: type) -> Iterable[tuple[Path, Any]]:
-    """Each file's JSON value, which must be an object or a list."""
-    for path in files:
-        try:
-            value = json.loads(_text(path))
-        except (ValueError, RecursionError):
-            raise DataError(f"{path}: not JSON; give the benchmark's own file") from None
-        if not isinstance(value, kind):
-            named = "an object" if kind is dict else "a list"
-            raise DataError(f"{path}: expected {named}, as in the benchmark's own file")
-        yield path, value
-
-
-def _list_of(table: dict[str, Any], name: str, path: Path) -> list[dict[str, Any]]:
-    records = table.get(name)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: no list {name!r} in it; give the benchmark's own file")
-    return [record if isinstance(record, dict) else {} for record in records]
-
-
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    return [(f"{path}:{number}", record) for number, record in read_json_lines(path)]
-
-
-def _fields(record: Any, where: str, *names: str) -> list[Any]:
-    """Values of a record's fields; DataError naming the missing one."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object with {', '.join(names)}")
-    for name in names:
-        if name not in record:
-            raise DataError(f"{where}: {name} is missing; give the benchmark's own file")
-    return [record[name] for name in names]
-
-
-def _same_keys(one: dict[Any, Any], two: dict[Any, Any], first: str, second: str) -> None:
-    if one.keys() != two.keys():
-        left = next(iter(one.keys() ^ two.keys()))
+def _check_same(
+    files: Sequence[Path], questions: Collection[str], answers: Collection[str]
+) -> None:
+    if set(questions) != set(answers):
+        left = min(set(questions) ^ set(answers))
         raise DataError(
-            f"{len(one)} {first} and {len(two)} {second} (question {left} is in one only); "
-            "give both files of one split"
+            f"{', '.join(map(str, files))}: {len(questions)} questions and {len(answers)} "
+            f"annotations (question {left} is in one only); give both files of one split"
         )

@@ -10,6 +10,7 @@ Three layouts are read, and joined in pope_join.py:
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from .files import read_json_lines
 
 SPLITS = ("random", "popular", "adversarial")
 ANSWERS = "answers.jsonl"  # in the output folder of an evaluation
+MISSPELT = 0.8  # likeness of a split's name to one of POPE's from which it is taken for a slip
 RESERVED = ("mean", "strict", "all")  # keys of the score files beside the splits
 
 SPLIT_IN_NAME = re.compile(rf"(?:^|[_-])({'|'.join(SPLITS)})\.jsonl?$")
@@ -85,7 +87,7 @@ class SplitFile:
 def split_files(names: Sequence[str | Path]) -> list[SplitFile]:
     """Files from the command line: `FILE`, `SPLIT=FILE`, or a folder with `..._SPLIT.json[l]`.
 
-    Raises UsageError for a folder without such files and for a reserved split name.
+    Raises UsageError for a folder without such files and for a reserved or misspelt split name.
     """
     found: list[SplitFile] = []
     for name in map(str, names):
@@ -126,6 +128,12 @@ def _files_of_folder(folder: Path) -> list[SplitFile]:
 def _check_split_name(split: str, where: str, error: type[Exception]) -> None:
     if split in RESERVED:
         raise error(f"{where}: a split cannot be called {split!r}; give it another name")
+    near = difflib.get_close_matches(split.lower(), SPLITS, n=1, cutoff=MISSPELT)
+    if near and split not in SPLITS and split.isalpha():
+        raise error(
+            f"{where}: there is no split {split!r}; did you mean {near[0]!r}? (One of your own "
+            "needs a name less like it, as in random2)"
+        )
 
 
 def split_rank(split: str) -> int:

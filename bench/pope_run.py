@@ -18,10 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from ..hd.errors import DataError, UsageError
-from .files import check_out, find_image, sha256, write_json
+from .files import (
+    check_out,
+    drop_half_line,
+    find_image,
+    naming_question,
+    sha256,
+    write_json,
+)
 from .pope import score_table
 from .pope_data import (
     ANSWERS,
+    RESERVED,
     Answered,
     Question,
     SplitFile,
@@ -177,6 +185,11 @@ def read_run(folder: Path) -> RunRecord | None:
         files, labels = tuple(values["questions"]), tuple(values.get("labels", ()))
         record = RunRecord(**{**values, "questions": files, "labels": labels})
         record.identity()
+        model = record.model
+        texts = (record.prompt, record.images, record.device, model["path"], model["fingerprint"])
+        objects = (record.decoding, model.get("hd") or {})
+        if {*map(type, texts)} != {str} or {*map(type, objects)} != {dict}:
+            raise TypeError("a field of another type")
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not the record of an evaluation; remove it") from error
     return record
@@ -220,12 +233,7 @@ def finished_answers(out: Path, notify: Callable[[str], None]) -> list[Answered]
     path = out / ANSWERS
     if not path.exists():
         return []
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-        notify(f"{path}: dropped a half-written last line; its question is asked again")
+    drop_half_line(path, notify)
     return [
         Answered(
             split=answer.split or "",
@@ -237,6 +245,27 @@ def finished_answers(out: Path, notify: Callable[[str], None]) -> list[Answered]
         )
         for answer in read_answers(answer_files([out]))
     ]
+
+
+def check_finished(answers: SplitFile) -> None:
+    """DataError for the answers of an evaluation's folder that are not all of its run's."""
+    folder = answers.path.parent
+    if answers.path.name != ANSWERS or not (folder / RUN).exists():
+        return
+    found = read_answers([answers])
+    scores, remedy = folder / SCORES, "start its `eval pope` again, it goes on"
+    if not scores.exists():
+        raise DataError(
+            f"{folder}: not finished, {len(found)} answers and no {SCORES}; {remedy} (for the "
+            f"answers so far copy {ANSWERS} to another folder)"
+        )
+    try:
+        table = json.loads(scores.read_bytes())
+        scored = sum(table[split]["questions"] for split in table if split not in RESERVED)
+    except (ValueError, TypeError, LookupError) as error:
+        raise DataError(f"{scores}: not the scores of an evaluation; {remedy}") from error
+    if scored != len(found):
+        raise DataError(f"{folder}: {len(found)} answers, but {SCORES} is of {scored}; {remedy}")
 
 
 def evaluate(
@@ -289,18 +318,11 @@ def evaluate(
 def _ask(
     answer: AnswerBatch, batch: Sequence[Question], images: dict[str, Path], prompt: str
 ) -> list[str]:
-    """One batch's answers; DataError about an image says which question asks for it."""
+    """One batch's answers; a DataError says which question it is about."""
     paths = [images[question.image] for question in batch]
-    try:
+    names = [f"{question.where}: {say_id(question)}" for question in batch]
+    with naming_question(list(zip(names, paths, strict=True))):
         texts = answer(paths, [bare_question(question.text) + prompt for question in batch])
-    except DataError as error:
-        for question, path in zip(batch, paths, strict=True):
-            if str(error).startswith((f"{path}: ", f"{str(path)!r}: ")):
-                raise DataError(
-                    f"{question.where}: {say_id(question)}: {error}; the answers so far are kept, "
-                    "the same command goes on"
-                ) from error
-        raise
     if len(texts) != len(batch):
         raise ValueError(f"{len(texts)} answers for {len(batch)} questions")
     return texts

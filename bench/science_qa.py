@@ -8,8 +8,9 @@ The forms are LLaVA's (scripts/convert_sqa_to_llava.py and llava/eval/eval_scien
   solution; then the same answer is carried on behind `###` and `ANSWER:`, and what follows is the
   letter. Two passes; the text that is scored is the thought and "The answer is X".
 
-An answer is read as there: the letter alone; `X. ` at the start; `The answer is X`. Anything else,
-and a letter beyond the choices, is wrong and counted as unreadable.
+An answer is read as there: the letter alone; `X. ` at the start; `The answer is X` with any
+character behind it, if that stands once. Anything else, and a letter beyond the choices, is wrong
+and counted as unreadable.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ THOUGHT_END = "###"  # ends the chain of thought, in training and in asking
 ANSWER_OPENING = f" {THOUGHT_END}\nANSWER:"
 
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
-WITH_STOP = re.compile(r"The answer is ([A-E])\.")
-WITHOUT_STOP = re.compile(r"The answer is ([A-E])")
+SAID = re.compile(r"The answer is ([A-Z]).")  # LLaVA's: its last point stands for any character
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def read_problems(folder: Path, split: str = SPLIT) -> list[Problem]:
         if not isinstance(values, dict) or key not in values:
             raise DataError(f"{path}: problem {key} of split {split} is missing; fetch it again")
         problems.append(_problem(Fields(values[key], path, f"problem {key}"), key))
+    if not problems:
+        raise DataError(f"{folder / 'pid_splits.json'}: split {split!r} is empty; see --split")
     if len({problem.key for problem in problems}) < len(problems):
         raise DataError(f"{folder / 'pid_splits.json'}: a problem stands twice in split {split}")
     return problems
@@ -155,18 +157,14 @@ def with_answer(thought: str, letter: str) -> str:
 
 
 def read_letter(text: str, num_choices: int) -> int | None:
-    """The place of the choice that an answer names, None where it names none."""
-    text = text.replace("\n", ". ")
-    if text.strip() in tuple(LETTERS):
-        letter = text.strip()
-    elif text[:1] in tuple(LETTERS) and text[1:3] == ". ":
+    """The place of the choice that an answer names, None where it names none or several."""
+    letters = tuple(LETTERS)
+    if text in letters or (text[:1] in letters and text[1:3] == ". "):
         letter = text[0]
     else:
-        found = WITH_STOP.search(text) or WITHOUT_STOP.search(text)
-        if found is None:
-            return None
-        letter = found[1]
-    place = LETTERS.index(letter)
+        said = SAID.findall(text)
+        letter = said[0] if len(said) == 1 else ""
+    place = letters.index(letter) if letter in letters else num_choices
     return place if place < num_choices else None
 
 

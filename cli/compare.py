@@ -182,7 +182,7 @@ def _scores_table(pair: Pair, comparison: Comparison) -> Table:
 
 def _tests_table(comparison: Comparison) -> Table:
     many = len(comparison.names) > 2
-    columns = ["pair, split" if many else "split", "only A right", "only B right", "exact p"]
+    columns = ["pair, all questions" if many else "split", "only A", "only B", "exact p"]
     columns += ["adjusted"] if many else []
     title = "McNemar: questions that exactly one of them has right"
     table = _table(f"{title} (adjusted: Holm, for all pairs)" if many else title, columns)
@@ -193,7 +193,7 @@ def _tests_table(comparison: Comparison) -> Table:
             style = "bold" if split == ALL and not many else ""
             row = [str(test.only_a), str(test.only_b), show_p(test.p)]
             if many:
-                row = [f"A {pair.a}, B {pair.b}, {split}", *row, show_p(pair.mcnemar_adjusted)]
+                row = [f"A {pair.a}, B {pair.b}", *row, show_p(pair.mcnemar_adjusted)]
             table.add_row(*(row if many else [split, *row]), style=style)
         if not many:
             table.add_section()
@@ -203,5 +203,6 @@ def _tests_table(comparison: Comparison) -> Table:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(columns):
-        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+        # Names may wrap; a figure that is cut off would be another figure.
+        table.add_column(name, justify="right" if place else "left", no_wrap=bool(place))
     return table

@@ -36,6 +36,7 @@ from ..bench.pope_run import (
     SCORES,
     AnswerBatch,
     RunRecord,
+    check_finished,
     check_resumable,
     describe_files,
     evaluate,
@@ -45,6 +46,7 @@ from ..bench.pope_run import (
     image_paths,
 )
 from ..hd.errors import UsageError
+from ..train.output_lock import only_run
 from .parser import Parser
 from .resolution import OPTIONS, add_limits, limits_of, limits_record, tell_before
 
@@ -115,7 +117,10 @@ def _score_only(args: Namespace) -> list[Answered]:
         raise UsageError("--score-only needs --answers FILE, the answers to score")
     questions = split_files(args.questions or [])
     labels = split_files([args.labels]) if args.labels else []
-    return load_answered(answer_files(args.answers), questions, labels)
+    files = answer_files(args.answers)
+    for file in files:
+        check_finished(file)
+    return load_answered(files, questions, labels)
 
 
 def _ask(args: Namespace) -> list[Answered]:
@@ -149,18 +154,19 @@ def _ask(args: Namespace) -> list[Answered]:
         device=device,
         labels=tuple(labels_described),
     )
-    check_resumable(out, record)
-    done = finished_answers(out, notify=tell)
-    if done:
-        tell(f"{out}: {len(done)} of {len(questions)} questions are answered already")
-    if len(done) < len(questions):
-        tell_before(model_dir, limits, dtype, images.values())
-        answer, hd = _load(model_dir, device, dtype, args.max_new_tokens, limits)
-        record = replace(record, model={**model, "hd": hd})
-    else:
-        answer = _nothing_to_ask
-    with progress_bar() as progress:
-        return evaluate(questions, images, answer, out, record, done, progress)
+    with only_run(out, tell):
+        check_resumable(out, record)
+        done = finished_answers(out, notify=tell)
+        if done:
+            tell(f"{out}: {len(done)} of {len(questions)} questions are answered already")
+        if len(done) < len(questions):
+            tell_before(model_dir, limits, dtype, images.values())
+            answer, hd = _load(model_dir, device, dtype, args.max_new_tokens, limits)
+            record = replace(record, model={**model, "hd": hd})
+        else:
+            answer = _nothing_to_ask
+        with progress_bar() as progress:
+            return evaluate(questions, images, answer, out, record, done, progress)
 
 
 def _check_options(args: Namespace) -> None:

@@ -60,7 +60,7 @@ def build_parser(command: str) -> Parser:
     add("--form", type=Form, default="letter", help=f"{' or '.join(FORMS)}: how it is asked")
     add_model(parser, max_new_tokens=128)
     add("--score-only", action="store_true", help="score the answers of --answers, ask no model")
-    add("--answers", type=str | None, metavar="FILE", help="answers: question_id and text per line")
+    add("--answers", type=str | None, metavar="FILE", help="answers to score, or their folder")
     add("--json", action="store_true", help="print the scores as JSON")
     return parser
 
@@ -72,9 +72,7 @@ def run(args: Namespace) -> int:
     folder = Path(args.data)
     problems = read_problems(folder, args.split)
     if args.score_only:
-        if not args.answers:
-            raise UsageError("--score-only needs --answers FILE, the answers to score")
-        texts = read_texts(Path(args.answers), [problem.key for problem in problems])
+        texts = read_texts(_answers(args), [problem.key for problem in problems])
     elif args.answers:
         raise UsageError("--answers is for --score-only; add it, or leave --answers out")
     else:
@@ -94,6 +92,17 @@ def run(args: Namespace) -> int:
     else:
         _print(args, scores)
     return 0
+
+
+def _answers(args: Namespace) -> Path:
+    """The file to score; UsageError for options that ask a model."""
+    for option in ("model", "images", "out", "limit"):
+        if getattr(args, option) is not None:
+            raise UsageError(f"--{option} has no meaning with --score-only; leave one of them out")
+    if not args.answers:
+        raise UsageError("--score-only needs --answers FILE, the answers to score")
+    path = Path(args.answers)
+    return path / ANSWERS if path.is_dir() else path
 
 
 class _Thinker(Asker):

@@ -15,11 +15,13 @@ from .parser import Parser
 from .resolution import add_limits, limits_of, tell_before
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from .serve_engine import Engine
     from .serve_request import ServeLimits
 
 TOKEN = "LLAVA_HD_TOKEN"
-CONNECTIONS = 64  # open at a time, beyond those that are answered
+CONNECTIONS = 64  # open at a time, beyond the requests that are answered or wait
 
 
 def build_parser(command: str) -> Parser:
@@ -85,11 +87,19 @@ def serve(engine: Engine, token: str | None, listening: socket.socket) -> None:
     """Answer requests at the socket until a signal ends it."""
     import uvicorn
 
-    from .serve_app import build_app
+    uvicorn.Server(server_config(engine, token)).run(sockets=[listening])
 
-    config = uvicorn.Config(
+
+def server_config(engine: Engine, token: str | None) -> uvicorn.Config:
+    """uvicorn's settings, with the application and its limits on connections."""
+    import uvicorn
+
+    from .serve_app import build_app
+    from .serve_protocol import Connection
+
+    return uvicorn.Config(
         build_app(engine, token),
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_level="warning",
@@ -100,7 +110,6 @@ def serve(engine: Engine, token: str | None, listening: socket.socket) -> None:
         timeout_keep_alive=5,
         timeout_graceful_shutdown=5,
     )
-    uvicorn.Server(config).run(sockets=[listening])
 
 
 def _limits(args: Namespace) -> ServeLimits:

@@ -11,7 +11,8 @@ from ..bench.files import check_out, sha256
 from ..bench.free_run import AnswerMixed, Item, ask_items, begin, item_images
 from ..bench.pope_run import fingerprint
 from ..hd.errors import UsageError
-from .eval_pope import DTYPES, device_and_dtype, progress_bar
+from ..train.output_lock import only_run
+from .eval_pope import DTYPES, device_and_dtype, progress_bar, tell
 from .parser import Parser
 from .resolution import add_limits, limits_of, limits_record, tell_before
 
@@ -91,13 +92,16 @@ def ask(
         },
         "limit": args.limit,
     }
-    done = begin(out, items, identity)
-    answer: AnswerMixed = _nothing_to_ask
-    if len(done) < len(items):
-        tell_before(Path(args.model), limits, dtype, images.values())
-        answer = _loaded(args, asker, device, dtype)
-    with progress_bar() as progress:
-        return ask_items(items, images, answer, out, done, args.batch_size, progress)
+    with only_run(out, tell):
+        done = begin(out, items, identity, tell)
+        if done:
+            tell(f"{out}: {len(done)} of {len(items)} questions are answered already")
+        answer: AnswerMixed = _nothing_to_ask
+        if len(done) < len(items):
+            tell_before(Path(args.model), limits, dtype, images.values())
+            answer = _loaded(args, asker, device, dtype)
+        with progress_bar() as progress:
+            return ask_items(items, images, answer, out, done, args.batch_size, progress)
 
 
 def _loaded(args: Namespace, asker: Asker, device: str, dtype: str) -> AnswerMixed:

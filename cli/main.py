@@ -40,7 +40,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("eval", "scienceqa"): ("eval_scienceqa", "answer and score ScienceQA, also with a thought"),
     ("eval", "llava-bench"): ("eval_llava_bench", "answer LLaVA-Bench's questions, for a judge"),
     ("judge",): ("judge", "let a language model rate LLaVA-Bench answers: the relative score"),
-    ("compare",): ("compare", "compare the POPE answers of two models with paired tests"),
+    ("compare",): ("compare", "compare models' POPE answers with paired tests, report.html"),
     ("data", "mix"): ("data_mix", "build the instruction mixture from public annotation files"),
     ("data", "check"): ("data_check", "read all records and images, report what is bad"),
     ("data", "generate"): (

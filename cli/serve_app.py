@@ -62,7 +62,7 @@ def build_app(engine: Engine, token: str | None, started: float | None = None) -
 
         return call
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", guarded(completions), methods=["POST"]),
             Route("/v1/models", guarded(models)),
@@ -76,6 +76,8 @@ def build_app(engine: Engine, token: str | None, started: float | None = None) -
             Exception: _failed,
         },
     )
+    app.router.redirect_slashes = False  # it would answer before the caller is checked
+    return app
 
 
 def _check_caller(request: Request, token: str | None) -> None:

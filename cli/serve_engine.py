@@ -11,11 +11,12 @@ import anyio
 from anyio import to_thread
 
 from ..hd.plan import TooManyTokens
+from ..model.generate import context_length
 from ..model.llava_hd import LlavaHD
 from ..model.packing import Sample
 from ..model.processor import Processor
 from ..model.prompt import SampleError
-from ..model.stream import Piece, chat_sample, context_length, text_stream
+from ..model.stream import Piece, chat_sample, text_stream
 from .serve_request import ChatRequest, RequestRefused, ServeLimits, parse_chat, parse_json
 
 

@@ -23,6 +23,14 @@ class DataError(LlavaHDError):
     exit_code = 3
 
 
+class BatchItemError(DataError):
+    """Bad data in one item of a batch; `number` is its place there, for callers that know names."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 class Interrupted(LlavaHDError):
     """Stopped before the end, but resumable (exit code 75)."""
 

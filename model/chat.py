@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..hd.errors import UsageError
 from ..hd.image import as_rgb
-from .generate import end_tokens
+from .generate import context_length, end_tokens
 from .kept import KeptPrompt, behind
 from .llava_hd import LlavaHD
 from .packing import Sample, pack
@@ -37,7 +37,6 @@ from .stream import (
     Piece,
     Sampling,
     chat_sample,
-    context_length,
     continued,
     text_pieces,
 )

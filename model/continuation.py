@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .generate import generate
+from .generate import answer_rooms, generate
 from .llava_hd import LlavaHD
 from .packing import Sample
 from .processor import Processor
@@ -28,7 +28,8 @@ def continue_batch(
     """What the model writes greedily behind the beginning of each answer, in order.
 
     A beginning is tokenised as an answer of a training sample is. Images are RGB or paths. Raises
-    ImageError for a file that cannot be read, SampleError for an empty beginning.
+    ImageError for a file that cannot be read, SampleError for an empty beginning, BatchItemError
+    for one that leaves no room in the language model's context.
     """
     samples = [
         begun(processor, image, question, beginning)
@@ -36,8 +37,10 @@ def continue_batch(
     ]
     if not samples:
         return []
+    rooms = answer_rooms(model, samples)
     tokens = generate(model, samples, max_new_tokens, processor.tokenizer)
-    texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    kept = [row[:room] for row, room in zip(tokens, rooms, strict=True)]
+    texts = processor.tokenizer.batch_decode(kept, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ..hd.errors import BatchItemError
 from ..hd.image import as_rgb, load_image
 from .llava_hd import LlavaHD
 from .packing import Sample, pack
 from .prefix import generate_shared
 from .processor import Cut, Processor
+from .prompt import SampleError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +48,9 @@ def answer_batch(
     An image that several questions share (the same object or path) is read, cut, encoded and
     prefilled once (model/prefix.py), and the same question about it is answered once (POPE asks its
     positive questions in all three splits). Questions that share no image go through one padded
-    batch. Images in memory may have any mode. Raises ImageError for a file that cannot be read.
+    batch. Images in memory may have any mode. An answer ends where the language model's context
+    does. Raises ImageError for a file that cannot be read, BatchItemError for a question that
+    cannot be asked, or leaves no room for an answer.
     """
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions")
@@ -54,16 +58,25 @@ def answer_batch(
         return []
     cuts = _cut_once(processor, images)
     asked = [(id(cut), question) for cut, question in zip(cuts, questions, strict=True)]
-    samples = {
-        key: processor.question(question, [] if cut is None else [cut])
-        for key, cut, question in zip(asked, cuts, questions, strict=True)
-    }
+    samples: dict[Key, Sample] = {}
+    for number, (key, cut) in enumerate(zip(asked, cuts, strict=True)):
+        if key not in samples:
+            samples[key] = _sample(processor, number, key[1], cut)
+    rooms = answer_rooms(model, [samples[key] for key in asked])
     tokens = _generate_by_image(model, samples, max_new_tokens, processor.tokenizer)
+    room = dict(zip(asked, rooms, strict=True))
     texts = processor.tokenizer.batch_decode(
-        [tokens[key] for key in samples], skip_special_tokens=True
+        [tokens[key][: room[key]] for key in samples], skip_special_tokens=True
     )
     answers = dict(zip(samples, texts, strict=True))
     return [answers[key].strip() for key in asked]
+
+
+def _sample(processor: Processor, number: int, question: str, cut: Cut | None) -> Sample:
+    try:
+        return processor.question(question, [] if cut is None else [cut])
+    except SampleError as error:
+        raise BatchItemError(number, str(error)) from error
 
 
 def _generate_by_image(
@@ -112,6 +125,27 @@ def generate(
         inputs_embeds=x, attention_mask=mask, generation_config=config
     )
     return [list(takewhile(lambda token: token not in ends, row)) for row in out.tolist()]
+
+
+def context_length(model: LlavaHD) -> int | None:
+    """Tokens that the language model was made for, prompt and answer; None where it says none."""
+    return model.config.text.get("max_position_embeddings")
+
+
+def answer_rooms(model: LlavaHD, samples: Sequence[Sample]) -> list[int | None]:
+    """How many tokens the answer to each prompt may have in the language model's context, None
+    without a limit. Raises BatchItemError for a prompt that fills it."""
+    limit = context_length(model)
+    if limit is None:
+        return [None] * len(samples)
+    for number, sample in enumerate(samples):
+        if len(sample.ids) >= limit:
+            raise BatchItemError(
+                number,
+                f"{len(sample.ids)} tokens of text and image, but the language model reads "
+                f"{limit}; shorten the question or leave it out",
+            )
+    return [limit - len(sample.ids) for sample in samples]
 
 
 def end_tokens(model: LlavaHD, tokenizer: Any) -> list[int]:

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import Cache
 
+COLD = 1e-6  # below this temperature the likeliest token is certain, and logits would overflow
 UNFINISHED = "\ufffd"  # what half of a character's bytes decodes to
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else drawn among the likeliest
-    that together have probability top_p. The same seed draws the same on the same machine."""
+    """How the next token is chosen: the likeliest at temperature 0 (below COLD), else drawn among
+    the likeliest that together have probability top_p. The same seed draws the same on the same
+    machine."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -67,11 +69,6 @@ def chat_sample(
     )
     plans, tiles = tuple(cut.plan for cut in cuts), tuple(cut.tiles for cut in cuts)
     return Sample(ids, [IGNORE] * len(ids), plans, tiles, name)
-
-
-def context_length(model: LlavaHD) -> int | None:
-    """Tokens that the language model was made for, prompt and answer; None where it says none."""
-    return model.config.text.get("max_position_embeddings")
 
 
 def token_stream(
@@ -180,7 +177,7 @@ def continued(
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
     """The next token from its logits `[V]`."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLD:
         return int(logits.argmax())
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
     ordered, order = probabilities.sort(descending=True)
@@ -190,6 +187,6 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 
 
 def _generator(model: LlavaHD, sampling: Sampling) -> torch.Generator | None:
-    if sampling.temperature == 0 or sampling.seed is None:
+    if sampling.temperature < COLD or sampling.seed is None:
         return None
     return torch.Generator(model.device).manual_seed(sampling.seed)

@@ -17,8 +17,8 @@ pytest.importorskip("starlette", reason="the server's library is not installed (
 uvicorn = pytest.importorskip("uvicorn", reason="the server is not installed (extra serve)")
 openai = pytest.importorskip("openai", reason="the openai client is not installed (extra data)")
 
+from llava_hd.cli.eval_serve import server_config  # noqa: E402
 from llava_hd.cli.listening import listen  # noqa: E402
-from llava_hd.cli.serve_app import build_app  # noqa: E402
 from llava_hd.cli.serve_engine import Engine  # noqa: E402
 from llava_hd.cli.serve_request import ServeLimits  # noqa: E402
 
@@ -33,7 +33,9 @@ class Running:
         self.engine = engine
         self.socket = listen("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
-        config = uvicorn.Config(build_app(engine, token), lifespan="off", log_level="critical")
+        config = server_config(engine, token)
+        config.log_level = "critical"
+        config.configure_logging()
         self.server = uvicorn.Server(config)
         run = {"target": self.server.run, "kwargs": {"sockets": [self.socket]}}
         self.thread = threading.Thread(**run, daemon=True)

@@ -12,6 +12,7 @@ from PIL import Image
 from pope_files import image_name, true_label, write_lines, write_pope
 from tiny import random_image, tiny_hd
 
+from llava_hd.bench.contestants import show_p
 from llava_hd.bench.pope import PROMPT
 from llava_hd.bench.pope_data import read_questions, split_files
 from llava_hd.bench.pope_run import RunRecord, describe_files, evaluate
@@ -341,7 +342,8 @@ def test_three_models_are_set_against_the_first_and_against_each_other(
     for said in (
         "base (A) and hd (B)",
         "base (A) and flex (B)",
-        "A hd, B flex, all",
+        "A hd, B flex",
+        "pair, all questions",
         "Mean F1, highest first: hd 0.",
         "flex is better: mean F1",
     ):
@@ -357,6 +359,17 @@ def test_three_models_are_set_against_the_first_and_against_each_other(
     pairs = [(pair["a"], pair["b"]) for pair in report["comparison"]["pairs"]]
     assert pairs == [("base", "hd"), ("base", "flex"), ("hd", "flex")]
     assert report["comparison"]["agreement"]["same"][0][0] == 1
+
+
+def test_long_names_cut_no_figure_off(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(folder, "flex", wrong={2, 5, 13, 20}, preset="hdflex")
+    words = [folder / name for name in ("base", "hd", "flex")]
+    names = [f"{name}-a-model-with-quite-a-name" for name in ("base", "hd", "flex")]
+    code, out, _ = run(capsys, *words, "--names", *names, "--out", folder / "cmp")
+    assert (code, "…" in out) == (0, False)
+    report = json.loads((folder / "cmp" / "report.json").read_text())
+    for pair in report["comparison"]["pairs"]:
+        assert show_p(pair["mcnemar_adjusted"]) in out.partition("McNemar: ")[2]
 
 
 def test_boxes_beside_the_images_give_f1_by_size(

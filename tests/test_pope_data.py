@@ -59,6 +59,28 @@ def test_a_split_can_be_given_before_the_file(tmp_path: Path) -> None:
     assert {question.split for question in read_questions([file])} == {"hard"}
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("randon", "random"),
+        ("Random", "random"),
+        ("rnadom", "random"),
+        ("populer", "popular"),
+        ("adverserial", "adversarial"),
+        ("adversial", "adversarial"),
+    ],
+)
+def test_a_misspelt_split_is_no_split_of_ones_own(tmp_path: Path, name: str, meant: str) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", pope_records("random"))
+    with pytest.raises(UsageError, match=f"no split {name!r}; did you mean {meant!r}"):
+        split_files([f"{name}={path}"])
+    answers = write_lines(tmp_path / "a.jsonl", [{"question_id": 1, "split": name, "text": "No"}])
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: .*did you mean {meant!r}"):
+        read_answers(split_files([answers]))
+    for own in ("random2", "hard", "popular-gqa", "rare", "nano"):
+        assert split_files([f"{own}={path}"])[0].split == own
+
+
 def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x=y_random.json", pope_records("random"))
     assert [file.path for file in split_files([path])] == [path]

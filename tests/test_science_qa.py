@@ -94,18 +94,22 @@ def test_a_trained_target_is_read_as_its_own_answer(tmp_path: Path) -> None:
     ("text", "place"),
     [
         ("A", 0),
-        (" B ", 1),
-        (" B \n", None),  # the original turns a newline into ". " first
+        (" B ", None),  # models' answers come without white space at their ends
         ("C", None),  # there are two choices
         ("B. the dog", 1),
-        ("B\nbecause", 1),
+        ("B.", None),
+        ("B\nbecause", None),
         ("B) the dog", None),
         ("b", None),
-        ("The answer is A. The answer is B", 0),
-        ("The answer is B or so. The answer is A.", 0),  # the one with a stop counts
+        ("The answer is A. The answer is B.", None),  # twice
+        ("The answer is A. The answer is B", 0),  # the second has no character behind it
         ("It is red.\n The answer is B.", 1),
-        ("The answer is B", 1),
+        ("The answer is B) because", 1),
+        ("The answer is Blue.", 1),  # the pattern asks for no more
+        ("The answer is B", None),
+        ("The answer is B\n", None),  # a newline is no character of the pattern
         ("The answer is E.", None),
+        ("The answer is X.", None),
         ("the answer is A.", None),
         ("", None),
         ("A cat", None),
@@ -155,6 +159,9 @@ def test_unknown_splits_and_missing_problems_are_refused(tmp_path: Path) -> None
     folder = make(tmp_path / "sqa")
     with pytest.raises(UsageError, match="no split 'dev' but test, train"):
         read_problems(folder, "dev")
+    (folder / "pid_splits.json").write_text(json.dumps({"test": [], "train": ["4"]}))
+    with pytest.raises(DataError, match=r"pid_splits\.json: split 'test' is empty; see --split"):
+        read_problems(folder)
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "5"]}))
     with pytest.raises(DataError, match="problem 5 of split test is missing"):
         read_problems(folder)
@@ -202,9 +209,9 @@ def test_a_tiny_model_is_asked_and_goes_on(
     assert json.loads(run(capsys, *words)[1]) == scores
     assert (out / "answers.jsonl").read_text() == answers
     # all are there: no model is needed, and scoring alone finds the same
-    words_only = ["--data", folder, "--score-only", "--answers", out / "answers.jsonl", "--json"]
-    _, text, _ = run(capsys, *words_only)
-    assert json.loads(text)["groups"] == scores["groups"]
+    for answers in (out / "answers.jsonl", out):
+        _, text, _ = run(capsys, "--data", folder, "--score-only", "--answers", answers, "--json")
+        assert json.loads(text)["groups"] == scores["groups"]
     other = "letter" if form == "thought" else "thought"
     code, _, err = run(capsys, *words, "--form", other)
     assert (code, err.count("\n")) == (2, 1)
@@ -250,6 +257,11 @@ def test_answers_to_other_questions_are_refused(
         ([], "--data is missing"),
         (["--data", "sqa", "--score-only"], "--score-only needs --answers"),
         (["--data", "sqa", "--answers", "a"], "--answers is for --score-only"),
+        (
+            ["--data", "sqa", "--score-only", "--answers", "a", "--limit", "0"],
+            "--limit has no mean",
+        ),
+        (["--data", "sqa", "--score-only", "--answers", "a", "--out", "x"], "--out has no meaning"),
         (["--data", "sqa"], "--model is missing"),
         (["--data", "sqa", "--form", "loud"], "--form must be one of"),
         (["--data", "none"], "cannot be read"),

@@ -9,7 +9,7 @@ import torch
 from tiny import random_image, tiny_hd
 
 from llava_hd.model.assemble import assemble
-from llava_hd.model.generate import answer, end_tokens
+from llava_hd.model.generate import answer, context_length, end_tokens
 from llava_hd.model.llava_hd import LlavaHD
 from llava_hd.model.processor import Processor
 from llava_hd.model.prompt import SampleError, Turn
@@ -18,7 +18,6 @@ from llava_hd.model.stream import (
     Sampling,
     chat_sample,
     choose,
-    context_length,
     cut_at,
     text_stream,
     token_stream,
@@ -90,6 +89,12 @@ def test_top_p_leaves_only_the_likeliest_tokens() -> None:
 
     assert seen(0.5) == {1} and seen(0.7) == {1, 2} and seen(1.0) == {0, 1, 2}
     assert choose(logits, Sampling(), None) == 1
+
+
+def test_no_temperature_is_too_low() -> None:
+    logits = torch.tensor([-60.0, 50.0, 49.0])
+    for temperature in (1e-300, 1e-45, 1e-40, 1e-38, 1e-7, 1e-6, 1e-3):
+        assert choose(logits, Sampling(temperature), None) == 1
 
 
 def test_a_conversation_has_its_turns_and_its_images_in_the_prompt(pair) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ TASKS = {
 
 
 def rows(pack: Path, task: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (pack / f"{task}.jsonl").read_text().splitlines()]
+    lines = (pack / f"{task}.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,21 +119,21 @@ def test_an_image_outside_the_folder_is_refused(name: str, tmp_path: Path) -> No
     if name == "":
         write_pack("choices", [file], tmp_path / "images", tmp_path / "pack")  # text alone
         return
-    with pytest.raises(DataError, match=r"q\.jsonl:1: image"):
+    with pytest.raises(DataError, match=r"q\.jsonl: line 1: image"):
         write_pack("choices", [file], tmp_path / "images", tmp_path / "pack")
 
 
 @pytest.mark.parametrize(
     ("kind", "value", "message"),
     [
-        ("gqa", [], "expected an object"),
-        ("gqa", {"1": {"question": "?"}}, "question 1: answer is missing"),
-        ("gqa", {"1": 7}, "expected an object with question"),
+        ("gqa", [], "is a list, not an object of records"),
+        ("gqa", {"1": {"question": "?"}}, "record '1': answer is missing"),
+        ("gqa", {"1": 7}, "record '1': is a whole number, not an object"),
         ("gqa", {}, "no questions of gqa"),
-        ("textvqa", {"rows": []}, "no list 'data'"),
-        ("vizwiz", {}, "expected a list"),
-        ("seedbench", {"questions": [7]}, "data_type is missing"),
-        ("vqav2", {"questions": [{"question_id": 1}]}, "1 questions and 0 annotations"),
+        ("textvqa", {"rows": []}, "data is missing"),
+        ("vizwiz", {}, "is an object, not a list"),
+        ("seedbench", {"questions": [7]}, r"questions\[0\]: is a whole number"),
+        ("vqav2", {"annotations": [{"question_id": 1}]}, "0 questions and 1 annotations"),
     ],
 )
 def test_files_of_another_kind_are_named(
@@ -141,6 +143,90 @@ def test_files_of_another_kind_are_named(
     with pytest.raises(DataError, match=message) as caught:
         write_pack(kind, [file], tmp_path, tmp_path / "pack")
     assert kind == "vqav2" or "file.json" in str(caught.value)
+
+
+WRONG: tuple[Any, ...] = (None, 7, True, "x", "", [7], {"a": 1})
+
+
+def changed(value: Any) -> Iterator[Any]:
+    """The value with each of its parts exchanged for something else, one at a time."""
+    yield from WRONG
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield {key: x for key, x in value.items() if key != name}
+            yield from ({**value, name: other} for other in changed(part))
+    elif isinstance(value, list) and value:
+        yield from ([other, *value[1:]] for other in changed(value[0]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("mme", "pope")])
+def test_a_damaged_file_is_an_error_in_one_line_or_a_pack_of_texts(
+    kind: str, tmp_path: Path
+) -> None:
+    annotations, _ = WRITERS[kind](tmp_path / "source")
+    refused = 0
+    for file in [p for a in annotations for p in (a.iterdir() if a.is_dir() else [a])]:
+        whole = file.read_text(encoding="utf-8")
+        for text in damaged(file, whole):
+            file.write_text(text, encoding="utf-8")
+            try:
+                documents = KINDS[kind].read(annotations)
+            except (DataError, UsageError) as error:
+                refused += 1
+                assert "\n" not in str(error) and str(file.parent) in str(error), str(error)
+            else:
+                assert all(isinstance(d.fields["question"], str) for d in documents)
+                assert all(isinstance(p.name, str) for d in documents for p in d.pictures)
+        file.write_text(whole, encoding="utf-8")
+    assert refused > 20
+
+
+def damaged(file: Path, whole: str) -> Iterator[str]:
+    """Texts of a file with something else in one place."""
+    if file.suffix == ".json":
+        yield from map(json.dumps, changed(json.loads(whole)))
+    elif file.suffix == ".jsonl":
+        first, _, rest = whole.partition("\n")
+        yield from (f"{json.dumps(other)}\n{rest}" for other in changed(json.loads(first)))
+    else:
+        rows = [line.split("\t") for line in whole.splitlines()]
+        for place in range(len(rows[1])):
+            for other in ("", "x", "1\t2", '"'):
+                row = [other if n == place else cell for n, cell in enumerate(rows[1])]
+                yield "\n".join("\t".join(cells) for cells in [rows[0], row, *rows[2:]])
+            yield "\n".join("\t".join(c for n, c in enumerate(r) if n != place) for r in rows)
+            yield "\n".join("\t".join(cells) for cells in [*rows[:-1], rows[-1][:place]])
+
+
+@pytest.mark.parametrize("kind", ["textvqa", "vizwiz", "seedbench", "choices", "mmbench", "vqav2"])
+def test_a_question_that_stands_twice_is_refused(kind: str, tmp_path: Path) -> None:
+    annotations, images = WRITERS[kind](tmp_path / "source")
+    text = annotations[0].read_text(encoding="utf-8")
+    if annotations[0].suffix == ".json":
+        value = json.loads(text)
+        rows = (
+            value
+            if isinstance(value, list)
+            else value["data" if kind == "textvqa" else "questions"]
+        )
+        rows.append(rows[0])
+        text = json.dumps(value)
+    else:
+        text += text.splitlines(keepends=True)[1]
+    annotations[0].write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match="stands twice"):
+        write_pack(kind, annotations, images, tmp_path / "pack")
+
+
+def test_a_tables_text_may_hold_every_kind_of_line_break(tmp_path: Path) -> None:
+    annotations, images = WRITERS["mmbench"](tmp_path / "source")
+    text = annotations[0].read_text(encoding="utf-8")
+    annotations[0].write_text(
+        text.replace("What?", "What\u2028\x85is?").replace("Where?", '"Where\nis it?"'), "utf-8"
+    )
+    write_pack("mmbench", annotations, images, tmp_path / "pack")
+    found = [row["question"] for row in rows(tmp_path / "pack", "mmbench_en_dev")]
+    assert found == ["What\u2028\x85is?", "Where\nis it?"]
 
 
 def test_the_command_tells_what_it_wrote(

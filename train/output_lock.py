@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..hd.errors import UsageError
@@ -13,9 +14,12 @@ from ..hd.errors import UsageError
 class OutputLock:
     """An advisory lock (flock) on a folder, held until `release` or the end of the process."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, say: Callable[[str], None], option: str = "output_dir"
+    ) -> None:
         self.folder = folder
         self.say = say
+        self.option = option  # what the user calls the folder
         self._handle: int | None = None
 
     def take(self) -> None:
@@ -29,7 +33,7 @@ class OutputLock:
         except BlockingIOError:
             os.close(handle)
             raise UsageError(
-                f"output_dir {self.folder}: another run is writing there; wait for its end, or "
+                f"{self.option} {self.folder}: another run is writing there; wait for its end, or "
                 "give another folder"
             ) from None
         except OSError as error:
@@ -43,3 +47,19 @@ class OutputLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+@contextmanager
+def only_run(out: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """The folder of --out, made where it is missing, and locked; UsageError as of `take`. What was
+    made and stays empty is taken away again."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    lock = OutputLock(out, say, "--out")
+    lock.take()
+    try:
+        yield
+    finally:
+        lock.release()
+        if made and not any(out.iterdir()):
+            out.rmdir()
