@@ -68,6 +68,7 @@ def _grow(axes: Axes, name: str, record: dict[str, Any]) -> None:
     exponents = ", ".join(
         f"{MEASURES[measure][0].partition(',')[0]} x^{one['exponent']:.2f}"
         for measure, one in fits.items()
+        if measure in MEASURES
     )
     axes.set_title(exponents)
     axes.set_xlabel(name)

@@ -17,9 +17,17 @@ from .step_options import COMPETITORS, OURS
 CHARTS = {STEP: "step.png", GROWTH: "step-growth.png"}
 # What each file must have, to be told from a file of another kind.
 KEYS = {STEP: ("rows", "ratios", "losses", "targets", "data", "peak"), GROWTH: ("points", "curves")}
-NO_GPU = (
-    "**No whole step has been measured on a GPU**: not measured there are the goals of an H200."
+# What `step_rows.targets_of` says of a result of a device: where, geometry, its words.
+GOALS = (
+    ("cuda", "7b", "stage 1: useful tokens/s over llava_next's", ">= 2.2"),
+    ("cuda", "7b", "stage 2: useful tokens/s over llava_next's", ">= 2"),
+    ("cuda", "7b", "stage 2: model FLOP utilisation", ">= 0.54"),
+    ("cuda", "7b", "stage 2: peak memory, share of llava_next's", "<= 0.6"),
+    ("cpu", "1b", "stage 1: useful tokens/s over llava_next's", ">= 2.2"),
+    ("cpu", "1b", "stage 2: useful tokens/s over llava_next's", ">= 2"),
+    ("cpu", "1b", "largest difference of a loss, relative to ours", "<= 0.001"),
 )
+PLACES = {"cuda": "H200", "cpu": "CPU"}
 
 
 @dataclass(frozen=True)
@@ -69,14 +77,30 @@ def write_step_chart(result: StepResult) -> Path:
 
 
 def step_parts(results: Sequence[StepResult], beside: Path) -> Iterator[str]:
-    """The section: a GPU's results and a CPU's, tables, losses, charts."""
-    if not results:
-        return
+    """The section: the goals and what is reached of them, then every result: tables, losses,
+    charts."""
     yield "## Whole steps"
-    if not any(result.environment["device_type"] == "cuda" for result in results):
-        yield NO_GPU
+    yield goals_table(results)
     for result in results:
         yield from (_race if result.kind == STEP else _growth)(result, beside)
+
+
+def goals_table(results: Sequence[StepResult]) -> str:
+    """Each goal and what the newest full result of its device and geometry has reached."""
+    lines = ["| where | what | goal | measured |", "|---|---|---|---|"]
+    for kind, geometry, what, goal in GOALS:
+        reached = "not measured"
+        for result in results:
+            asked = result.record["request"]
+            if result.kind != STEP or asked["quick"] or asked["geometry"] != geometry:
+                continue
+            found = [one for one in result.record["targets"] if one["what"] == what]
+            if found and result.environment["device_type"] == kind:
+                met = "met" if found[0]["reached"] else "not met"
+                reached = f"{found[0]['value']:.3g}, {met} ({result.environment['device']})"
+                break
+        lines.append(f"| {PLACES[kind]}, {geometry} | {what} | {goal} | {reached} |")
+    return "\n".join(lines)
 
 
 def _race(result: StepResult, beside: Path) -> Iterator[str]:

@@ -11,7 +11,6 @@ forward, backward and AdamW.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import subprocess
@@ -30,6 +29,7 @@ from ..model.nano import SHIPPED
 from ..model.processor import Processor
 from ..model.rival import SIZES, Sizes, save_random
 from ..model.rival_training import add_processor
+from .bare_parser import bare_parser
 from .files import result_folder, so_many_threads
 from .measure import (
     csv_text,
@@ -116,15 +116,15 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
         except KeyboardInterrupt:
             record["complete"] = False
     on_gpu = device.type == "cuda"
-    for stage, one in found.items():
-        if OURS not in one:
+    for stage, own in found.items():
+        if OURS not in own:
             continue
         totals = totals_of(request, data[stage], sizes, stage)
         rate = record["peak"]["tflops"]
-        record["rows"] += rows_of(stage, one, reasons[stage], totals, rate)
-        record["ratios"] += ratios_of(stage, one)
-        record["losses"].append(losses_of(stage, one))
-        for name, rounds in one.items():
+        record["rows"] += rows_of(stage, own, reasons[stage], totals, rate)
+        record["ratios"] += ratios_of(stage, own)
+        record["losses"].append(losses_of(stage, own))
+        for name, rounds in own.items():
             record["processes"] += [
                 taken_record(stage, name, number, taken) for number, taken in enumerate(rounds)
             ]
@@ -254,13 +254,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """The bare-machine entry point; exit codes as llava-hd's."""
     words = list(sys.argv[1:] if words is None else words)
     call = "python -m llava_hd.bench.step"
-    parser = argparse.ArgumentParser(
-        prog=call,
-        description=DESCRIPTION,
-        epilog="\n".join(["examples:", *(f"  {call} {line}" for line in EXAMPLES)]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = bare_parser(call, DESCRIPTION, EXAMPLES)
     add_options(parser)
     args = parser.parse_args(words)
     try:

@@ -25,7 +25,7 @@ from ..model.rival_training import RivalCollator, RivalPass
 from ..train.batches import BatchOrder, PassSampler
 from ..train.dataset import Passes, RecordReader
 from ..train.lengths import LengthReader, token_lengths
-from ..train.packs import default_pack_tokens
+from ..train.packs import ROUND_TO
 from ..train.record import Record
 from .packing_data import CAPTIONS, TEMPLATE, Scale, draw, picture, records_of
 from .step_options import Request
@@ -63,8 +63,15 @@ class StepData:
         return np.array([one.length for one in self.facts])
 
     def order(self, request: Request, packs: bool) -> BatchOrder:
-        """Which samples make up each step and its passes; the same steps either way."""
-        budget = default_pack_tokens(self.lengths, request.batch, request.step_samples)
+        """Which samples make up each step and its passes; the same steps either way. A pack may
+        have as many tokens as a padded pass computes on average: about the same activations."""
+        budget = 0
+        if packs:
+            plain = self.order(request, packs=False)
+            passes = [part for step in range(request.num_steps) for part in plain.step(step)]
+            longest = np.array([self.lengths[part].max() for part in passes])
+            tokens = max(request.batch * float(longest.mean()), float(self.lengths.max()))
+            budget = ROUND_TO * int(np.ceil(tokens / ROUND_TO))
         return BatchOrder(
             num_samples=len(self.records),
             samples_per_step=request.step_samples,
@@ -150,7 +157,7 @@ def rival_loader(
     sampler = PassSampler(data.order(request, packs=False), 0, 1, 0, request.num_steps)
     return DataLoader(
         RivalSamples(data),
-        batch_sampler=sampler,
+        batch_sampler=[list(samples) for samples in sampler],
         num_workers=request.workers,
         collate_fn=collator,
         pin_memory=request.device.startswith("cuda"),

@@ -31,7 +31,12 @@ from .step_options import DTYPES, Request
 from .step_process import Job, write_job
 
 RECORD = "step-growth.json"
-MEASURES = {"seconds": "time", "peak_mib": "memory"}
+# Measure -> its name and unit. The processor's own time hardly changes with other work.
+MEASURES = {
+    "seconds": ("time", "s"),
+    "cpu_seconds": ("CPU time", "s"),
+    "peak_mib": ("memory", "MiB"),
+}
 EXPONENTS = np.arange(0.05, 3.0001, 0.01)
 NOTES = (
     "time: forward and backward, median; ranks: the whole step, gradients summed without ZeRO",
@@ -55,9 +60,9 @@ class Fit:
 def run_growth(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
     """Measure, write step-growth.json, return the record and the folder.
 
-    The record: environment, request, model, points (axis, x, tokens, seconds, peak_mib), curves
-    (the fit of each axis and measure, and in words), notes, complete. UsageError for a folder with
-    results, LlavaHDError where a process fails.
+    The record: environment, request, model, points (axis, x, tokens, seconds, cpu_seconds,
+    peak_mib), curves (the fit of each axis and measure, and in words), notes, complete. UsageError
+    for a folder with results, LlavaHDError where a process fails.
     """
     from .step import sizes_of, step_environment
 
@@ -84,8 +89,8 @@ def run_growth(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
                 points = _axis(axis, request, folder)
                 record["points"] += points
                 record["curves"] += curves_of(axis, points)
-                for curve in record["curves"][-2:]:
-                    say(f"{axis}: {curve['words']}")
+                found = [curve["words"] for curve in record["curves"] if curve["axis"] == axis]
+                say(f"{axis}: {'; '.join(found)}")
         except KeyboardInterrupt:
             record["complete"] = False
     if record["points"]:
@@ -112,14 +117,14 @@ def curves_of(axis: str, points: Sequence[dict[str, Any]]) -> list[dict[str, Any
     """The fits of an axis: time and, where it was counted, memory."""
     made = []
     x = [float(point["x"]) for point in points]
-    for measure, name in MEASURES.items():
+    for measure, (name, unit) in MEASURES.items():
         y = [point[measure] for point in points]
         if any(value is None for value in y):
             continue
         found = slope(x, y) if len(x) < 4 else fit(x, y)
         words = (
             f"{name} = {found.fixed:.3g} + {found.factor:.3g} x^{found.exponent:.2f} "
-            f"({'s' if measure == 'seconds' else 'MiB'}, error {found.error:.1%})"
+            f"({unit}, error {found.error:.1%})"
         )
         made.append({"axis": axis, "measure": measure, "words": words, **asdict(found)})
     return made

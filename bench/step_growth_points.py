@@ -34,6 +34,7 @@ from .step_process import Job, peak_held, read_job, reset_peak
 
 # Of images without padding: 1 to 24 tiles, the global view not counted.
 GRIDS = ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4), (4, 6))
+PACK = "pack tokens"
 WORDS = 256  # of a sample at 224 px tiles, where words are not what grows
 STEP_SAMPLES = 4  # of the step that ranks share
 
@@ -90,9 +91,7 @@ def _token_counts(request: Request) -> list[int]:
 AXES = {
     "tiles": Axis(lambda request: [r * c for r, c in GRIDS][:: 2 if request.quick else 1], _tiles),
     "sample tokens": Axis(_token_counts, _tokens),
-    "pack samples": Axis(
-        lambda request: [1, 2, 4, 8] if request.quick else [1, 2, 4, 8, 16, 32], _pack
-    ),
+    PACK: Axis(lambda request: [1, 2, 4, 8] if request.quick else [1, 2, 4, 8, 16, 32], _pack),
     "ranks": Axis(
         lambda request: [1, 2] if request.device == "cpu" else [1],
         lambda request, hd, ranks: _pack(request, hd, STEP_SAMPLES // ranks),
@@ -124,29 +123,31 @@ def measure(job: Job) -> Iterator[dict[str, Any]]:
         return
     for value in axis.values(request):
         batch = pack(axis.samples(request, model.config.hd, value), model.config)
-        yield _point(request, model, batch.to(device), value, device)
+        x = batch.num_tokens if job.competitor == PACK else value
+        yield _point(request, model, batch.to(device), x, device)
 
 
 def _point(
-    request: Request, model: LlavaHD, batch: PackedBatch, value: int, device: torch.device
+    request: Request, model: LlavaHD, batch: PackedBatch, x: int, device: torch.device
 ) -> dict[str, Any]:
-    seconds, peaks = [], []
+    seconds, cpu, peaks = [], [], []
     for number in range(1 + (2 if request.quick else 5)):  # the first one warms up
         gc.collect()
         reset_peak(device)
-        before, begin = peak_held(device), time.perf_counter()
+        before, begin, cpu_begin = peak_held(device), time.perf_counter(), time.process_time()
         out = model(batch)
         (out.loss_sum / out.loss_units).backward()
         _wait(device)
         seconds.append(time.perf_counter() - begin)
+        cpu.append(time.process_time() - cpu_begin)
         peak = peak_held(device)
         # Without the gradients of the first pass, which later ones find there.
         if number and peak is not None and before is not None:
             peaks.append(max(peak - before, 1))
     return {
-        "x": value,
+        "x": x,
         "tokens": batch.num_tokens,
-        "seconds": quantiles(seconds[1:])[0],
+        **_times(seconds, cpu, device),
         "peak_mib": round(quantiles(peaks)[0] / 2**20, 3) if peaks else None,
     }
 
@@ -158,11 +159,11 @@ def _rank(request: Request, model: LlavaHD, axis: Axis, device: torch.device) ->
         dist.init_process_group("gloo")
     batch = pack(axis.samples(request, model.config.hd, size), model.config).to(device)
     optimizer = adamw(model, 2)
-    seconds = []
+    seconds, cpu = [], []
     reset_peak(device)
     before = peak_held(device)
     for _ in range(1 + (2 if request.quick else 5)):
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         out = model(batch)
         (out.loss_sum / (out.loss_units * size)).backward()
         if size > 1:
@@ -173,12 +174,21 @@ def _rank(request: Request, model: LlavaHD, axis: Axis, device: torch.device) ->
         optimizer.zero_grad()
         _wait(device)
         seconds.append(time.perf_counter() - begin)
+        cpu.append(time.process_time() - cpu_begin)
     peak = peak_held(device)
     if size > 1:
         dist.destroy_process_group()
     above = None if peak is None or before is None else round(max(peak - before, 1) / 2**20, 3)
     tokens = batch.num_tokens * size
-    return {"x": size, "tokens": tokens, "seconds": quantiles(seconds[1:])[0], "peak_mib": above}
+    return {"x": size, "tokens": tokens, **_times(seconds, cpu, device), "peak_mib": above}
+
+
+def _times(
+    seconds: Sequence[float], cpu_seconds: Sequence[float], device: torch.device
+) -> dict[str, float | None]:
+    """Medians without the first; the processor's own only where it does the work."""
+    own = quantiles(cpu_seconds[1:])[0] if device.type == "cpu" else None
+    return {"seconds": quantiles(seconds[1:])[0], "cpu_seconds": own}
 
 
 def _wait(device: torch.device) -> None:

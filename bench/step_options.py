@@ -61,7 +61,7 @@ class Request:
     geometry: str = "1b"
     layers: int | None = None
     lengths: str = "hd"
-    tile_px: int = 112
+    tile_px: int = 56
     competitors: tuple[str, ...] = tuple(COMPETITORS)
     batch: int = 16
     step_samples: int = 16
@@ -107,7 +107,12 @@ def add_options(parser: Any) -> None:
     add("--geometry", type=str, choices=GEOMETRIES, help="1b, with --quick nano, on a GPU 7b")
     add("--layers", type=int, help="of the language model; the tower is cut alike; all (1b: 4)")
     add("--lengths", type=str, choices=LENGTHS, default="hd", help="of stage 2's samples")
-    add("--tile-px", type=int, choices=TILES, help="scale of the samples; 112 (nano 56), GPU 224")
+    add(
+        "--tile-px",
+        type=int,
+        choices=TILES,
+        help="scale of the samples; 56, on a GPU 224 (nano 56)",
+    )
     add("--competitors", type=str, nargs="+", metavar="C", help=f"of {', '.join(COMPETITORS)}")
     add("--batch", type=int, help="samples of a padded batch, of a pack on average; 16, GPU 4")
     add("--step-samples", type=int, help="samples of a step; as many as --batch")
@@ -133,7 +138,7 @@ def request_of(args: Namespace, command: str, on_gpu: bool) -> Request:
     if cuda and not on_gpu:
         raise UsageError(f"--device {device}: torch finds no GPU here; try --device cpu")
     geometry = args.geometry or ("nano" if args.quick else "7b" if cuda else "1b")
-    usual_tile = 56 if geometry == "nano" else 224 if cuda else 112
+    usual_tile = 224 if cuda and geometry != "nano" else 56
     usual_layers = 4 if geometry == "1b" and not cuda else None
     batch = _given(args.batch, 8 if args.quick else 4 if cuda else 16)
     return Request(

@@ -73,11 +73,12 @@ def loss_difference(losses: Sequence[float], ours: Sequence[float]) -> float:
 
 def ratios_of(stage: int, found: Found) -> Iterator[dict[str, Any]]:
     """Useful tokens/s of ours over everyone's: of all steps by the clock and by the processor's
-    time, and quantiles over the steps."""
-    ours = found[OURS]
-    for name, rounds in found.items():
+    time, and quantiles over the steps. Rounds that only one of two has finished are left out."""
+    for name, all_rounds in found.items():
         if name == OURS:
             continue
+        both = min(len(all_rounds), len(found[OURS]))
+        ours, rounds = found[OURS][:both], all_rounds[:both]
         mine = [second for one in ours for second in one.seconds]
         theirs = [second for one in rounds for second in one.seconds]
         median, low, high = quantiles([a / b for a, b in zip(theirs, mine, strict=True)])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llava_hd.bench.packing_passes import AllLogitsPass, PackedPass, train_step
-from llava_hd.bench.performance_steps import find_steps, step_parts, write_step_chart
+from llava_hd.bench.performance_steps import find_steps, goals_table, step_parts, write_step_chart
 from llava_hd.bench.step import RECORD, TABLE, prepare, sizes_of, totals_of
 from llava_hd.bench.step_competitors import EveryRowProjector, TorchProjector, build, refusal
 from llava_hd.bench.step_data import StepData, read_data
@@ -169,6 +169,8 @@ def test_rows_ratios_and_targets_by_hand():
     assert rows[1]["largest_loss_difference"] == pytest.approx(1e-3)
     [ratio] = ratios_of(2, found)
     assert ratio["ratio"] == 2.25 and ratio["memory_share"] == 0.5
+    [same] = ratios_of(2, {**found, RIVAL: [*found[RIVAL], taken([9.0, 9.0])]})
+    assert same["ratio"] == 2.25  # a round that ours has not finished is left out
     speed, difference = targets_of(rows, [ratio], on_gpu=False)
     assert speed["reached"] and speed["value"] == 2.25 and difference["goal"] == "<= 0.001"
     assert len(targets_of(rows, [ratio], on_gpu=True)) == 4
@@ -194,7 +196,12 @@ def test_a_run_leaves_record_table_chart_and_section(tmp_path, capsys):
     [result] = find_steps([tmp_path])
     assert write_step_chart(result).read_bytes()[:4] == b"\x89PNG"
     page = "\n".join(step_parts([result], tmp_path))
-    assert "## Whole steps" in page and "No whole step has been measured on a GPU" in page
+    assert "## Whole steps" in page
+    goal = "| CPU, 1b | stage 2: useful tokens/s over llava_next's | >= 2 |"
+    assert f"{goal} not measured |" in page  # a quick run of a nano model reaches nothing
+    full = {**record, "request": {**record["request"], "quick": False, "geometry": "1b"}}
+    value = next(one for one in record["targets"] if "stage 2" in one["what"])["value"]
+    assert f"{goal} {value:.3g}, " in goals_table([replace(result, record=full)])
     assert COMPETITORS[RIVAL] in page and f"{record['losses'][0]['losses'][OURS][0]:.6f}" in page
     assert main(["bench", "step", *words]) == 2  # holds a result already
 

@@ -35,7 +35,9 @@ def test_two_points_give_their_slope():
 
 
 def test_curves_leave_out_memory_that_nobody_counted():
-    points = [{"x": x, "seconds": float(x), "peak_mib": None} for x in (1, 2, 4, 8)]
+    points = [
+        {"x": x, "seconds": float(x), "cpu_seconds": None, "peak_mib": None} for x in (1, 2, 4, 8)
+    ]
     [curve] = curves_of("tiles", points)
     assert curve["measure"] == "seconds" and curve["exponent"] == pytest.approx(1, abs=0.02)
 
