@@ -128,7 +128,7 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
             record["processes"] += [
                 taken_record(stage, name, number, taken) for number, taken in enumerate(rounds)
             ]
-    record["targets"] = targets_of(record["rows"], record["ratios"], on_gpu)
+    record["targets"] = targets_of(record["rows"], record["ratios"], on_gpu, request.geometry)
     return record
 
 

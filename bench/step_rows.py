@@ -103,12 +103,16 @@ def losses_of(stage: int, found: Found) -> dict[str, Any]:
 
 
 def targets_of(
-    rows: Sequence[Mapping[str, Any]], ratios: Sequence[Mapping[str, Any]], on_gpu: bool
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Sequence[Mapping[str, Any]],
+    on_gpu: bool,
+    geometry: str,
 ) -> list[dict[str, Any]]:
-    """What the run says of the project's goals: speed, memory and utilisation, equal losses."""
+    """What the run says of the project's goals: speed, memory and utilisation, equal losses. A
+    nano model has the last one alone."""
     found = []
     for ratio in ratios:
-        if ratio["rival"] != RIVAL:
+        if ratio["rival"] != RIVAL or geometry == "nano":
             continue
         stage, goal = ratio["stage"], TARGETS[ratio["stage"]]
         # On a CPU by the clock and by the processor's time, which other work hardly changes.
@@ -119,7 +123,8 @@ def targets_of(
             what = f"stage {stage}: peak memory, share of {RIVAL}'s"
             found.append(_target(what, share, MOST_MEMORY, False))
     for row in rows:
-        if on_gpu and row["competitor"] == OURS and row["stage"] == 2:
+        is_ours = row["competitor"] == OURS and row["stage"] == 2
+        if on_gpu and is_ours and geometry != "nano":
             found.append(_target("stage 2: model FLOP utilisation", row["mfu"], LEAST_MFU, True))
     differences = [row["largest_loss_difference"] for row in rows if not row["reason"]]
     if differences:

@@ -40,6 +40,9 @@ def _print(console: Console, record: dict[str, Any]) -> None:
         console.print(f"{curve['axis']}: {curve['words']}", highlight=False, markup=False)
     for stage in dict.fromkeys(row["stage"] for row in record.get("rows", ())):
         console.print(_table(stage, record))
+    reasons = {row["competitor"]: row["reason"] for row in record.get("rows", ()) if row["reason"]}
+    for name, reason in reasons.items():
+        console.print(f"{name}: {reason}", highlight=False, markup=False)
     for target in record.get("targets", ()):
         reached = "reached" if target["reached"] else "not reached"
         line = f"{target['what']}: {target['value']:.3g}, goal {target['goal']}: {reached}"
@@ -59,8 +62,7 @@ def _table(stage: int, record: dict[str, Any]) -> Table:
         if row["stage"] != stage:
             continue
         if row["reason"]:
-            table.add_row(row["competitor"], row["reason"])
-            continue
+            continue  # told below the tables
         ratio = ratios.get((stage, row["competitor"]))
         table.add_row(
             row["competitor"],

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llava_hd.bench.packing_passes import AllLogitsPass, PackedPass, train_step
+from llava_hd.bench.performance import BEGIN, END
 from llava_hd.bench.performance_steps import find_steps, goals_table, step_parts, write_step_chart
 from llava_hd.bench.step import RECORD, TABLE, prepare, sizes_of, totals_of
 from llava_hd.bench.step_competitors import EveryRowProjector, TorchProjector, build, refusal
@@ -171,13 +172,15 @@ def test_rows_ratios_and_targets_by_hand():
     assert ratio["ratio"] == 2.25 and ratio["memory_share"] == 0.5
     [same] = ratios_of(2, {**found, RIVAL: [*found[RIVAL], taken([9.0, 9.0])]})
     assert same["ratio"] == 2.25  # a round that ours has not finished is left out
-    speed, difference = targets_of(rows, [ratio], on_gpu=False)
+    speed, difference = targets_of(rows, [ratio], False, "1b")
     assert speed["reached"] and speed["value"] == 2.25 and difference["goal"] == "<= 0.001"
-    assert len(targets_of(rows, [ratio], on_gpu=True)) == 4
+    assert len(targets_of(rows, [ratio], True, "7b")) == 4
+    assert len(targets_of(rows, [ratio], True, "nano")) == 1
     assert datasheet_tflops("NVIDIA H200", "bf16") == 989
     assert datasheet_tflops("NVIDIA H200", "fp32") is datasheet_tflops("CPU", "bf16") is None
 
 
+@pytest.mark.timeout(900)  # starts two processes; half a minute on two cores of its own
 def test_a_run_leaves_record_table_chart_and_section(tmp_path, capsys):
     words = ["--quick", "--competitors", OURS, RIVAL, f"{RIVAL}-liger", "--batch", "2"]
     words += ["--steps", "2", "--workers", "1", "--json", "--out", str(tmp_path)]
@@ -200,9 +203,14 @@ def test_a_run_leaves_record_table_chart_and_section(tmp_path, capsys):
     goal = "| CPU, 1b | stage 2: useful tokens/s over llava_next's | >= 2 |"
     assert f"{goal} not measured |" in page  # a quick run of a nano model reaches nothing
     full = {**record, "request": {**record["request"], "quick": False, "geometry": "1b"}}
-    value = next(one for one in record["targets"] if "stage 2" in one["what"])["value"]
+    full["targets"] = targets_of(record["rows"], record["ratios"], False, "1b")
+    value = next(one for one in full["targets"] if "stage 2" in one["what"])["value"]
     assert f"{goal} {value:.3g}, " in goals_table([replace(result, record=full)])
     assert COMPETITORS[RIVAL] in page and f"{record['losses'][0]['losses'][OURS][0]:.6f}" in page
+    docs = tmp_path / "page.md"
+    docs.write_text(f"# By hand\n\n{BEGIN}\n{END}\n", encoding="utf-8")
+    assert main(["bench", "report", str(tmp_path), "--docs", str(docs)]) == 0
+    assert page.split("\n")[-1] in docs.read_text(encoding="utf-8")
     assert main(["bench", "step", *words]) == 2  # holds a result already
 
 
