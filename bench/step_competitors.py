@@ -6,7 +6,7 @@ variants leaves one of them out. All have torch's fused AdamW with the same sett
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,7 @@ class Runner:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    steps: Iterator[list[AnyPass]]
+    steps: Generator[list[AnyPass], None, None]
     notes: dict[str, str]
 
 
@@ -112,8 +112,8 @@ def _grouped(
     counts: Iterable[int],
     device: torch.device,
     made: Callable[[Any], Any],
-) -> Iterator[list[AnyPass]]:
-    """The passes of each step, on the device."""
+) -> Generator[list[AnyPass], None, None]:
+    """The passes of each step, on the device. Closing it ends the loader processes."""
     rest = iter(loader)
     for count in counts:
         yield [made(one).to(device) for one in islice(rest, count)]

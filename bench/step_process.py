@@ -92,7 +92,12 @@ def run_stage(job: Job, stage: int) -> Taken:
     device = torch.device(job.request.device)
     reset_peak(device)
     runner = build(job.competitor, job.request, stage, job.folder, read_data(job.folder, stage))
-    return take_steps(runner, job.request, device)
+    try:
+        return take_steps(runner, job.request, device)
+    finally:
+        # Loader processes ignore SIGTERM; were one left (compiled code keeps its inputs alive),
+        # this process would wait for it at its end.
+        runner.steps.close()
 
 
 def take_steps(runner: Runner, request: Request, device: torch.device) -> Taken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,15 @@ def test_frozen_parts_get_no_gradients_in_either_model(folder, data):
         own = ("projector.", "model.multi_modal_projector.", "model.image_newline")
         assert changed and all(k.startswith(own) for k in changed)
         assert len(changed) == 5  # two layers and the row-end
+
+
+def test_no_loader_process_outlives_its_steps(folder, data):
+    before = set(multiprocessing.active_children())
+    runner = build(OURS, replace(SMALL, workers=1), 2, folder, data[2])
+    next(runner.steps)
+    assert set(multiprocessing.active_children()) - before
+    runner.steps.close()  # in the middle, as where a step fails, and while the runner is kept
+    assert not set(multiprocessing.active_children()) - before
 
 
 def test_the_variants_of_ours_compute_the_same_gradients(folder, data):
