@@ -7,7 +7,6 @@ those that are right, taken in turns (kernels_trial.py).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -20,6 +19,7 @@ import torch
 from .attention_providers import attention_providers
 from .attention_setting import Setting
 from .attention_shapes import checked_shape
+from .bare_parser import bare_parser
 from .kernels_cases import Case, cases_of
 from .kernels_options import (
     DESCRIPTION,
@@ -181,13 +181,7 @@ def main(words: list[str] | None = None) -> int:
     """The bare-machine entry point. Exit codes: 0 done, 2 bad usage, 75 interrupted."""
     words = sys.argv[1:] if words is None else words
     call = "python -m llava_hd.bench.kernels"
-    parser = argparse.ArgumentParser(
-        prog=call,
-        description=DESCRIPTION,
-        epilog="\n".join(["examples:", *(f"  {call} {words}" for words in EXAMPLES)]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = bare_parser(call, DESCRIPTION, EXAMPLES)
     add_options(parser)
     args = parser.parse_args(words)
     try:

@@ -44,8 +44,8 @@ from .measure import (
     so_many_threads,
     write_results,
 )
-from .packing_data import MAX_LENGTH, SETTINGS, TEMPLATE, draw, nano_hd, picture, records_of
-from .packing_passes import CONTESTANTS, RIVALS, Pass, make_passes
+from .packing_data import NANO, SETTINGS, TEMPLATE, draw, picture, records_of
+from .packing_passes import CONTESTANTS, RIVALS, Pass, make_passes, train_step
 
 RECORD, TABLE = "packing.json", "packing.csv"
 NOTES = (
@@ -97,15 +97,7 @@ class Contestant:
 
     def step(self, passes: Sequence[Pass]) -> float:
         """One training step; returns its mean loss."""
-        units = sum(one.batch.loss_units for one in passes)
-        loss = torch.zeros((), dtype=torch.float64)
-        for one in passes:
-            part = one.loss_sum(self.model)
-            (part / units).backward()
-            loss += part.detach()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss) / units
+        return train_step(self.model, self.optimizer, passes)
 
     def timed_step(self, passes: Sequence[Pass]) -> None:
         """One that counts."""
@@ -114,7 +106,7 @@ class Contestant:
         self.seconds.append(time.perf_counter() - begin)
         self.cpu_seconds.append(time.process_time() - cpu_begin)
         self.losses.append(loss)
-        self.tokens += sum(one.batch.num_useful_tokens for one in passes)
+        self.tokens += sum(one.num_useful_tokens for one in passes)
         self.computed += sum(one.num_tokens for one in passes)
         self.passes += len(passes)
 
@@ -170,7 +162,7 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
 def nano_model(seed: int) -> tuple[LlavaHD, Processor]:
     """The HD model of the shipped parts, as stage 2 trains it."""
     model, processor = assemble(
-        vision=SHIPPED / "tower56", language=SHIPPED / "lm", hd=nano_hd(), seed=seed
+        vision=SHIPPED / "tower56", language=SHIPPED / "lm", hd=NANO.hd, seed=seed
     )
     freeze(model, "finetune")
     return model.train(), processor
@@ -180,7 +172,7 @@ def prepare_data(setting: str, request: Request, processor: Processor) -> Data:
     """Samples for all steps and one more to warm up, read once."""
     count = request.step_samples * (request.steps + 1)
     records = records_of(draw(setting, count, request.seed))
-    reader = LengthReader(records, picture, processor, TEMPLATE, MAX_LENGTH)
+    reader = LengthReader(records, picture, processor, TEMPLATE, NANO.max_length)
     lengths = token_lengths(reader, "")
     order = BatchOrder(
         num_samples=count,
@@ -197,7 +189,7 @@ def prepare_data(setting: str, request: Request, processor: Processor) -> Data:
     def read(index: int) -> Sample:
         record = records[index]
         images = [load_image(picture(record, k)) for k in range(len(record.images))]
-        return processor.conversation(record.turns, images, MAX_LENGTH, TEMPLATE)
+        return processor.conversation(record.turns, images, NANO.max_length, TEMPLATE)
 
     return Data(read, lengths, order)
 
@@ -274,7 +266,7 @@ def _summary(lengths: Lengths, order: BatchOrder) -> dict[str, Any]:
         "percentiles": {str(m): int(np.percentile(lengths.total, m)) for m in marks},
         "with_image": round(float((lengths.visual > 0).mean()), 4),
         "visual_share": round(float(lengths.visual.sum() / lengths.total.sum()), 4),
-        "max_length": MAX_LENGTH,
-        "cut": int((lengths.total == MAX_LENGTH).sum()),
+        "max_length": NANO.max_length,
+        "cut": int((lengths.total == NANO.max_length).sum()),
         "pack_tokens": order.pack_tokens,
     }

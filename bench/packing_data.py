@@ -1,16 +1,17 @@
-"""Samples whose lengths spread like those of HD training, drawn for `bench packing`.
+"""Samples whose lengths spread like those of HD training, for `bench packing` and `bench step`.
 
-Two settings, in the numbers of the real model (224 px tiles, Vicuna's tokens). They are drawn from
-the rough tables below, not counted on the real data sets, which are not here.
+Three settings, in the numbers of the real model (224 px tiles, Vicuna's tokens). They are drawn
+from the rough tables below, not counted on the real data sets, which are not here.
 
 hd: pictures of all sizes, their mean side log-uniform in 120..1600 px, aspect ratios log-normal;
 6 % text alone; answers log-normal with a long tail (median 250 tokens, sigma 1, at most 2,048).
 Nine samples of ten have 500 to 2,600 tokens.
 mix665k: the kinds of LLaVA's stage 2 in the paper's shares, photos in COCO's, Visual Genome's,
 book covers' and TextCaps' usual sizes. Under `hdflex` most pictures have the same 1,632 tokens.
+captions: stage 1's pairs, the pictures of hd, each with a caption of some 16 tokens.
 
-The nano model reads all of it at a scale: pictures at a quarter of their size for tiles of 56 px,
-so that each gets the grid that it gets at 224 px, and a sixteenth of the words.
+Small models read all of it at a scale: pictures at a quarter of their size for tiles of 56 px, so
+that each gets the grid that it gets at 224 px, and a sixteenth of the words.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from ..model.prompt import IMAGE_TAG, Turn
 from ..train.mixture_kinds import PAPER
 from ..train.record import Record
 
-TILE_PX, IMAGE_SCALE, TOKEN_SCALE = 56, 4, 16
-MAX_LENGTH = 4096 // TOKEN_SCALE  # of the vicuna-*-hdflex recipes, scaled
+REAL_TILE_PX = 224
 MOST_WORDS = 2048
 SYSTEM_TOKENS = 45  # of Vicuna's system prompt and the names of the roles
 TEMPLATE = "plain"  # picture, then the words, all of them learned: lengths are all that matters
 ONE_TOKEN_WORDS = ("anchor", "arrow", "boat", "cup", "fish", "flag")
 SETTINGS = ("hd", "mix665k")
+CAPTIONS = "captions"
+CAPTION_TOKENS = 16
 
 Size = tuple[int, int]  # (height, width)
 
@@ -64,25 +66,58 @@ class Drawn:
     words: int
 
 
-def nano_hd() -> HDConfig:
-    """`hdflex` with 56 px tiles."""
-    return replace(PRESETS["hdflex"], tile_px=TILE_PX)
+@dataclass(frozen=True)
+class Scale:
+    """How a small model reads the samples: with tiles of `tile_px`, a divisor of 224."""
+
+    tile_px: int
+
+    @property
+    def image(self) -> int:
+        """What the sides of pictures are divided by."""
+        return REAL_TILE_PX // self.tile_px
+
+    @property
+    def tokens(self) -> int:
+        """What visual tokens and words are divided by."""
+        return self.image**2
+
+    @property
+    def max_length(self) -> int:
+        """That of the vicuna-*-hdflex recipes, scaled."""
+        return 4096 // self.tokens
+
+    @property
+    def hd(self) -> HDConfig:
+        """`hdflex` with such tiles."""
+        return replace(PRESETS["hdflex"], tile_px=self.tile_px)
+
+
+NANO = Scale(56)
 
 
 def draw(setting: str, count: int, seed: int) -> list[Drawn]:
     """Samples of a setting; the same ones for the same seed."""
-    rng = np.random.default_rng((seed, SETTINGS.index(setting)))
-    one = _draw_hd if setting == "hd" else _draw_mix665k
-    return [one(rng) for _ in range(count)]
+    kinds = {"hd": _draw_hd, "mix665k": _draw_mix665k, CAPTIONS: _draw_caption}
+    rng = np.random.default_rng((seed, list(kinds).index(setting)))
+    return [kinds[setting](rng) for _ in range(count)]
 
 
 def _draw_hd(rng: np.random.Generator) -> Drawn:
     words = _words(rng, 250, 1.0)
     if rng.random() < 0.06:
         return Drawn(None, words)
+    return Drawn(_size(rng), words)
+
+
+def _draw_caption(rng: np.random.Generator) -> Drawn:
+    return Drawn(_size(rng), max(1, int(rng.lognormal(math.log(CAPTION_TOKENS), 0.4))))
+
+
+def _size(rng: np.random.Generator) -> Size:
     side = math.exp(rng.uniform(math.log(120), math.log(1600)))
     aspect = math.exp(rng.normal(0, 0.35) / 2)
-    return Drawn((round(side / aspect), round(side * aspect)), words)
+    return round(side / aspect), round(side * aspect)
 
 
 def _draw_mix665k(rng: np.random.Generator) -> Drawn:
@@ -97,11 +132,11 @@ def _words(rng: np.random.Generator, median: int, sigma: float) -> int:
     return SYSTEM_TOKENS + min(drawn, MOST_WORDS)
 
 
-def records_of(drawn: list[Drawn]) -> list[Record]:
-    """The samples at the nano model's scale, as records; `picture` makes their images."""
+def records_of(drawn: list[Drawn], scale: Scale = NANO) -> list[Record]:
+    """The samples at a model's scale, as records; `picture` makes their images."""
     records = []
     for index, one in enumerate(drawn):
-        count = max(1, round(one.words / TOKEN_SCALE))
+        count = max(1, round(one.words / scale.tokens))
         words = " ".join(ONE_TOKEN_WORDS[(index + i) % len(ONE_TOKEN_WORDS)] for i in range(count))
         tag = "" if one.size is None else f"{IMAGE_TAG}\n"
         turns = (Turn("human", f"{tag}What is it?"), Turn("gpt", words))
@@ -110,10 +145,10 @@ def records_of(drawn: list[Drawn]) -> list[Record]:
     return records
 
 
-def picture(record: Record, number: int) -> bytes:
-    """The PNG of a record's image at the nano model's scale: colours of its own in two ramps."""
+def picture(record: Record, number: int, scale: Scale = NANO) -> bytes:
+    """The PNG of a record's image at a model's scale: colours of its own in two ramps."""
     height, width = (
-        max(1, round(int(side) / IMAGE_SCALE)) for side in record.images[number].split("x")
+        max(1, round(int(side) / scale.image)) for side in record.images[number].split("x")
     )
     rows, cols = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)[None]
     own = np.full((height, width), 37 * record.index % 256)

@@ -1,4 +1,5 @@
-"""docs/performance.md and the PNG charts, made from the results of `llava-hd bench kernels`.
+"""docs/performance.md and the PNG charts, made from the results of `llava-hd bench kernels` and
+(performance_steps.py) of `llava-hd bench step`.
 
 The page is written by hand outside its two markers and by this module between them.
 """
@@ -18,6 +19,7 @@ from .kernels import RECORD
 from .kernels_cases import MODES
 from .kernels_options import PROVIDERS
 from .kernels_rows import Row, ratios_of
+from .performance_steps import StepResult, step_parts
 from .performance_targets import Result, targets_table
 
 BEGIN = "<!-- begin: written by llava-hd bench report -->"
@@ -73,18 +75,20 @@ def write_charts(result: Result) -> list[Path]:
     return paths
 
 
-def write_page(page: Path, results: Sequence[Result]) -> None:
+def write_page(page: Path, results: Sequence[Result], steps: Sequence[StepResult] = ()) -> None:
     """Write what stands between the page's markers; the rest is left as it is."""
     text = page.read_text(encoding="utf-8")
-    write_whole(page, page_text(text, results, page.parent))
+    write_whole(page, page_text(text, results, page.parent, steps))
 
 
-def page_text(text: str, results: Sequence[Result], beside: Path) -> str:
+def page_text(
+    text: str, results: Sequence[Result], beside: Path, steps: Sequence[StepResult] = ()
+) -> str:
     """The page with new tables; links are relative to the folder `beside`."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise DataError(f"the page needs one line '{BEGIN}' and below it one '{END}'")
     newest_first = sorted(results, key=lambda r: r.environment["time"], reverse=True)
-    made = "\n\n".join(_parts(newest_first, beside))
+    made = "\n\n".join([*_parts(newest_first, beside), *step_parts(steps, beside)])
     return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{made}\n\n{text[text.index(END) :]}"
 
 

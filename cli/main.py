@@ -52,6 +52,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench", "faults"): ("bench_faults", "training runs killed, torn and fed with rubbish"),
     ("bench", "packing"): ("bench_packing", "train with packs and with padded batches, in turns"),
     ("bench", "pope"): ("bench_pope", "questions/s with a shared image prefix, and of the rivals"),
+    ("bench", "step"): ("bench_step", "whole training steps of ours and of transformers, in turn"),
     ("bench", "report"): ("bench_report", "charts and docs/performance.md from the results"),
     ("bench", "tune"): ("bench_tune", "measure the kernels' block sizes on this GPU"),
     ("bench", "inspect"): ("bench_inspect", "compile the kernels and print what they need"),

@@ -64,7 +64,7 @@ class _LinearLoss(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         loss = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        grad_weight = None
 
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             chunk = slice(start, start + CHUNK_ROWS)
@@ -84,9 +84,12 @@ class _LinearLoss(torch.autograd.Function):
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ piece
+            if needs_weight:
+                part = (grad_logits.T @ piece).to(wide)
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
 
+        if needs_weight and grad_weight is None:  # no labelled row at all
+            grad_weight = torch.zeros_like(weight, dtype=wide)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         return loss

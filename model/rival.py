@@ -6,7 +6,7 @@ It is asked as its users ask it: whole prompts, each with its own pixels, padded
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from .weights import quiet_transformers
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths and depths of a language model (vision_: of the tower) that is made at random."""
+    """Widths and depths of a language model (vision_: of the tower) that is made at random.
+    kv_heads: heads of key and value, as many as of queries where it is None."""
 
     width: int
     mlp: int
@@ -42,13 +43,22 @@ class Sizes:
     vocabulary: int = 32_064
     positions: int = 4096
     spread: float = 0.02  # of random weights; a narrow model's answers depend on it, see SIZES
+    kv_heads: int | None = None
+
+    def cut(self, layers: int) -> Sizes:
+        """The same widths with so many layers, and the tower's share of its own (2 or more)."""
+        tower = max(2, round(self.vision_layers * layers / self.layers))
+        return replace(self, layers=layers, vision_layers=tower)
 
 
 # In narrow models with LLaMA's usual spread every question gets the same answer, which would hide
-# mistakes. The tower of `small` is about a tenth of the work; CLIP-L is a twentieth of 7b's.
+# mistakes. The tower of `small` is about a tenth of the work; CLIP-L is a twentieth of 7b's. `1b`
+# has TinyLlama-1.1B's widths (Zhang et al. 2024, table 1), `nano` those of the shipped parts.
 SIZES = {
     "tiny": Sizes(64, 128, 2, 1, 64, 3, 1, vocabulary=512, spread=0.2),
     "small": Sizes(512, 1376, 4, 8, 128, 6, 2, spread=0.06),
+    "nano": Sizes(128, 384, 4, 4, 128, 4, 4, vocabulary=512, spread=0.06),
+    "1b": Sizes(2048, 5632, 22, 32, 1024, 24, 16, kv_heads=4),
     "7b": Sizes(4096, 11_008, 32, 32, 1024, 24, 16),
 }
 
@@ -76,6 +86,7 @@ def save_random(
         intermediate_size=sizes.mlp,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads if sizes.kv_heads is None else sizes.kv_heads,
         vocab_size=sizes.vocabulary,
         max_position_embeddings=sizes.positions,
         initializer_range=sizes.spread,

@@ -19,10 +19,9 @@ from llava_hd.bench.packing import (
     run_benchmark,
 )
 from llava_hd.bench.packing_data import (
-    IMAGE_SCALE,
+    NANO,
     SETTINGS,
     draw,
-    nano_hd,
     picture,
     records_of,
 )
@@ -50,9 +49,9 @@ def test_drawn_pictures_get_the_grid_that_they_get_at_full_size(setting):
         if one.size is None:
             continue
         size = read_size(picture(record, 0))
-        assert size == tuple(max(1, round(side / IMAGE_SCALE)) for side in one.size)
-        if all(side % IMAGE_SCALE == 0 for side in one.size):  # else a pixel may be rounded off
-            nano_grid, grid = plan_image(size, nano_hd()).grid, PRESETS["hdflex"]
+        assert size == tuple(max(1, round(side / NANO.image)) for side in one.size)
+        if all(side % NANO.image == 0 for side in one.size):  # else a pixel may be rounded off
+            nano_grid, grid = plan_image(size, NANO.hd).grid, PRESETS["hdflex"]
             assert nano_grid == plan_image(one.size, grid).grid
 
 

@@ -1,0 +1,222 @@
+"""The section "Whole steps" of docs/performance.md, from the results of `llava-hd bench step`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..hd.errors import DataError
+from .step import RECORD as STEP
+from .step_growth import RECORD as GROWTH
+from .step_options import COMPETITORS, OURS
+
+CHARTS = {STEP: "step.png", GROWTH: "step-growth.png"}
+# What each file must have, to be told from a file of another kind.
+KEYS = {STEP: ("rows", "ratios", "losses", "targets", "data", "peak"), GROWTH: ("points", "curves")}
+# What `step_rows.targets_of` says of a result of a device: where, geometry, its words.
+GOALS = (
+    ("cuda", "7b", "stage 1: useful tokens/s over llava_next's", ">= 2.2"),
+    ("cuda", "7b", "stage 2: useful tokens/s over llava_next's", ">= 2"),
+    ("cuda", "7b", "stage 2: model FLOP utilisation", ">= 0.54"),
+    ("cuda", "7b", "stage 2: peak memory, share of llava_next's", "<= 0.6"),
+    ("cpu", "1b", "stage 1: useful tokens/s over llava_next's", ">= 2.2"),
+    ("cpu", "1b", "stage 2: useful tokens/s over llava_next's", ">= 2"),
+    ("cpu", "1b", "largest difference of a loss, relative to ours", "<= 0.001"),
+)
+PLACES = {"cuda": "H200", "cpu": "CPU"}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step.json or step-growth.json (`kind`) and its folder."""
+
+    kind: str
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Device, versions, command, seed."""
+        return self.record["environment"]
+
+
+def find_steps(folders: Sequence[Path]) -> list[StepResult]:
+    """The results below some folders, newest first. DataError for a file that is not one."""
+    paths = {p.resolve(): p for folder in folders for kind in KEYS for p in folder.rglob(kind)}
+    found = [_read(path) for path in sorted(paths.values())]
+    return sorted(found, key=lambda one: one.environment["time"], reverse=True)
+
+
+def _read(path: Path) -> StepResult:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("environment", "request", "model", "notes", *KEYS[path.name]):
+            record[name]
+        for name in ("time", "device", "device_type", "command", "seed", "threads", "versions"):
+            record["environment"][name]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path}: not a result of llava-hd bench step ({type(error).__name__}: {error}); "
+            "measure again"
+        ) from error
+    return StepResult(path.name, path.parent, record)
+
+
+def write_step_chart(result: StepResult) -> Path:
+    """Draw the result's chart beside it."""
+    from .performance_step_charts import growth_chart, step_chart
+
+    path = result.folder / CHARTS[result.kind]
+    draw = step_chart if result.kind == STEP else growth_chart
+    path.write_bytes(draw(result.record))
+    return path
+
+
+def step_parts(results: Sequence[StepResult], beside: Path) -> Iterator[str]:
+    """The section: the goals and what is reached of them, then every result: tables, losses,
+    charts."""
+    yield "## Whole steps"
+    yield goals_table(results)
+    for result in results:
+        yield from (_race if result.kind == STEP else _growth)(result, beside)
+
+
+def goals_table(results: Sequence[StepResult]) -> str:
+    """Each goal and what the newest full result of its device and geometry has reached."""
+    lines = ["| where | what | goal | measured |", "|---|---|---|---|"]
+    for kind, geometry, what, goal in GOALS:
+        reached = "not measured"
+        for result in results:
+            asked = result.record["request"]
+            if result.kind != STEP or asked["quick"] or asked["geometry"] != geometry:
+                continue
+            found = [one for one in result.record["targets"] if one["what"] == what]
+            if found and result.environment["device_type"] == kind:
+                met = "met" if found[0]["reached"] else "not met"
+                reached = f"{found[0]['value']:.3g}, {met} ({result.environment['device']})"
+                break
+        lines.append(f"| {PLACES[kind]}, {geometry} | {what} | {goal} | {reached} |")
+    return "\n".join(lines)
+
+
+def _race(result: StepResult, beside: Path) -> Iterator[str]:
+    record = result.record
+    about, asked = record["model"], record["request"]
+    facts = result.environment
+    yield (
+        f"### {facts['device']}, {facts['time'][:10]}: {asked['geometry']}, {about['layers']} "
+        f"layers of width {about['width']}, tower {about['vision_layers']} of "
+        f"{about['vision_width']}, {asked['dtype']}"
+    )
+    lines = [_how(result, beside)]
+    lines.append(
+        f"Utilisation is a share of {record['peak']['tflops']:.4g} TFLOP/s "
+        f"({record['peak']['what']})."
+    )
+    if not record["complete"]:
+        lines.append("The run was interrupted: these are the competitors that were finished.")
+    yield "\n".join(lines)
+    yield _targets(record)
+    for data in record["data"]:
+        yield _stage(data, record)
+    yield f"![Whole steps]({_link(result.folder / CHARTS[STEP], beside)})"
+    for one in record["losses"]:
+        yield f"Losses of stage {one['stage']}, step by step, the first ones not timed:"
+        yield _losses(one["losses"])
+    yield "\n".join(f"- {note}" for note in record["notes"])
+
+
+def _targets(record: dict[str, Any]) -> str:
+    lines = ["| what | goal | measured |", "|---|---|---|"]
+    for one in record["targets"]:
+        met = "met" if one["reached"] else "not met"
+        lines.append(f"| {one['what']} | {one['goal']} | {one['value']:.3g}, {met} |")
+    return "\n".join(lines)
+
+
+def _stage(data: dict[str, Any], record: dict[str, Any]) -> str:
+    stage = data["stage"]
+    ratios = {one["rival"]: one for one in record["ratios"] if one["stage"] == stage}
+    heads = ["stage " + str(stage), f"time / {OURS}", "20-80 % of steps", "by CPU time"]
+    heads += ["useful tokens/s", "images/s", "MFU", "every head", "peak MiB", "loading", "padding"]
+    heads.append("what it is")
+    lines = [
+        f"Samples of stage {stage}: {data['mean_tokens']:g} tokens on average "
+        f"({data['least_tokens']} to {data['most_tokens']}), {data['visual_share']:.0%} visual, "
+        f"{data['learned_share']:.0%} learned, {data['tiles_per_image']:g} tiles an image.",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+    ]
+    for row in record["rows"]:
+        if row["stage"] != stage:
+            continue
+        name, what = row["competitor"], COMPETITORS.get(row["competitor"], "")
+        if row["reason"]:
+            cells = [name, row["reason"], *[""] * (len(heads) - 3), what]
+        else:
+            cells = [name, *_ratio(ratios.get(name)), *_figures(row), what]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ratio(ratio: dict[str, Any] | None) -> list[str]:
+    if ratio is None:
+        return ["1", "", ""]
+    spread = f"{ratio['low']:.2f}-{ratio['high']:.2f}"
+    return [f"**{ratio['ratio']:.2f}**", spread, f"{ratio['cpu_ratio']:.2f}"]
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['useful_tokens_per_second']:,.1f}",
+        f"{row['images_per_second']:.2f}",
+        f"{row['mfu']:.1%}",
+        f"{row['mfu_every_head']:.1%}",
+        "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
+        f"{row['loading_share']:.1%}",
+        f"{row['padding']:.1%}",
+    ]
+
+
+def _losses(losses: dict[str, list[float]]) -> str:
+    names = list(losses)
+    lines = ["| step | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    for number, values in enumerate(zip(*losses.values(), strict=True), start=1):
+        lines.append(f"| {number} | " + " | ".join(f"{value:.6f}" for value in values) + " |")
+    return "\n".join(lines)
+
+
+def _growth(result: StepResult, beside: Path) -> Iterator[str]:
+    about, facts = result.record["model"], result.environment
+    yield (
+        f"### Growth: {facts['device']}, {facts['time'][:10]}, {about['layers']} layers of width "
+        f"{about['width']}"
+    )
+    yield _how(result, beside)
+    lines = ["| against | measure | exponent | fixed + factor x^exponent |", "|---|---|---|---|"]
+    for one in result.record["curves"]:
+        lines.append(
+            f"| {one['axis']} | {one['measure']} | **{one['exponent']:.2f}** | {one['words']} |"
+        )
+    yield "\n".join(lines)
+    yield f"![Growth]({_link(result.folder / CHARTS[GROWTH], beside)})"
+    yield "\n".join(f"- {note}" for note in result.record["notes"])
+
+
+def _how(result: StepResult, beside: Path) -> str:
+    facts = result.environment
+    versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items() if value)
+    return (
+        f"`{facts['command']}`, seed {facts['seed']}, threads "
+        f"{result.record['request']['threads']}; {versions}. Everything: "
+        f"[{result.kind}]({_link(result.folder / result.kind, beside)})."
+    )
+
+
+def _link(path: Path, beside: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix()

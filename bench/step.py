@@ -1,0 +1,305 @@
+"""`llava-hd bench step`: whole training steps of ours and of transformers' LlavaNext, in turn.
+
+Random weights of the wanted geometry are written once as a llava_next folder, which both read, and
+so are the samples' pictures. Each competitor runs in a process of its own, one after the other
+(`--rounds` of them, in rotating order), takes the same steps and leaves its times, memory and
+losses. A step is what a trainer waits for: reading the samples (loader processes read ahead),
+forward, backward and AdamW.
+
+`python -m llava_hd.bench.step` is the same on a bare machine (torch, transformers, pillow).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ..hd.errors import Interrupted, LlavaHDError
+from ..model.assemble import load_tokenizer
+from ..model.nano import SHIPPED
+from ..model.processor import Processor
+from ..model.rival import SIZES, Sizes, save_random
+from ..model.rival_training import add_processor
+from .bare_parser import bare_parser
+from .files import result_folder, so_many_threads
+from .measure import (
+    csv_text,
+    device_name,
+    environment,
+    json_text,
+    measure_roofline,
+    rotated,
+    write_results,
+)
+from .packing_data import Scale
+from .step_competitors import refusal
+from .step_data import StepData, write_data
+from .step_flops import FORMULA, datasheet_tflops, work_of
+from .step_options import (
+    DESCRIPTION,
+    DTYPES,
+    EXAMPLES,
+    OURS,
+    Request,
+    add_options,
+    request_of,
+)
+from .step_process import Job, Taken, write_job
+from .step_rows import Found, Totals, losses_of, ratios_of, rows_of, taken_record, targets_of
+
+RECORD, TABLE = "step.json", "step.csv"
+NOTES = (
+    FORMULA,
+    "mfu_every_head counts the head for every useful token, as 6 N a token does",
+    "both stages cut pictures into tiles, as LlavaNext must; lengths are drawn from rough tables",
+    "one optimizer for all: torch's fused AdamW in the type of the weights",
+    "the largest loss difference is relative to ours, over all steps of the first process",
+)
+Say = Callable[[str], None]
+
+
+def run_benchmark(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
+    """Measure, write both files, return the record and the folder.
+
+    The record: environment, request, model, data, peak (what the utilisation is a share of), rows,
+    ratios, losses, targets, processes, notes, complete (False after Ctrl-C: what was finished).
+    Raises UsageError for a folder with results, LlavaHDError where ours does not run.
+    """
+    out = result_folder(request.out, torch.device(request.device), RECORD)
+    with so_many_threads(request.threads):
+        record = _measure(request, say)
+    record["request"]["out"] = str(out)
+    if record["rows"]:
+        first = next(row for row in record["rows"] if not row["reason"])
+        files = {TABLE: csv_text(record["rows"], list(first)), RECORD: json_text(record)}
+        write_results(out, files)
+    return record, out
+
+
+def _measure(request: Request, say: Say) -> dict[str, Any]:
+    device = torch.device(request.device)
+    sizes = sizes_of(request)
+    record: dict[str, Any] = {
+        "environment": step_environment(request),
+        "request": {**asdict(request), "out": None},
+        "model": asdict(sizes),
+        "data": [],
+        "peak": peak_rate(request),
+        "rows": [],
+        "ratios": [],
+        "losses": [],
+        "targets": [],
+        "processes": [],
+        "notes": list(NOTES),
+        "complete": True,
+    }
+    say(f"{device_name(device)}, {request.dtype}, {torch.get_num_threads()} threads")
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = prepare(request, sizes, folder)
+        for stage, one in data.items():
+            record["data"].append({"stage": stage, **describe(one)})
+            say(f"stage {stage}: {record['data'][-1]}")
+        found: dict[int, Found] = {stage: {} for stage in request.stages}
+        reasons: dict[int, dict[str, str]] = {stage: {} for stage in request.stages}
+        try:
+            _race(request, folder, found, reasons, say)
+        except KeyboardInterrupt:
+            record["complete"] = False
+    on_gpu = device.type == "cuda"
+    for stage, own in found.items():
+        if OURS not in own:
+            continue
+        totals = totals_of(request, data[stage], sizes, stage)
+        rate = record["peak"]["tflops"]
+        record["rows"] += rows_of(stage, own, reasons[stage], totals, rate)
+        record["ratios"] += ratios_of(stage, own)
+        record["losses"].append(losses_of(stage, own))
+        for name, rounds in own.items():
+            record["processes"] += [
+                taken_record(stage, name, number, taken) for number, taken in enumerate(rounds)
+            ]
+    record["targets"] = targets_of(record["rows"], record["ratios"], on_gpu, request.geometry)
+    return record
+
+
+def sizes_of(request: Request) -> Sizes:
+    """The geometry, cut to the wanted layers."""
+    sizes = SIZES[request.geometry]
+    return sizes if request.layers is None else sizes.cut(request.layers)
+
+
+def step_environment(request: Request) -> dict[str, Any]:
+    """As everywhere, and the version of transformers."""
+    facts = environment(torch.device(request.device), request.command, request.seed)
+    facts["versions"]["transformers"] = importlib.metadata.version("transformers")
+    return facts
+
+
+def peak_rate(request: Request) -> dict[str, Any]:
+    """What the utilisation is a share of: the data sheet's rate, else one product measured here."""
+    device = torch.device(request.device)
+    listed = datasheet_tflops(device_name(device), request.dtype)
+    if listed is not None:
+        return {"tflops": listed, "what": "data sheet, dense, 16 bits"}
+    dtype = getattr(torch, DTYPES[request.dtype])
+    roof = measure_roofline(device, dtype, request.quick, request.seed)
+    return {"tflops": round(roof.tflops, 5), "what": f"measured in this run: {roof.product}"}
+
+
+def prepare(request: Request, sizes: Sizes, folder: Path) -> dict[int, StepData]:
+    """Write weights and samples; the samples by stage."""
+    device, dtype = torch.device(request.device), getattr(torch, DTYPES[request.dtype])
+    tokenizer, hd = load_tokenizer(SHIPPED / "lm"), Scale(request.tile_px).hd
+    save_random(folder, sizes, hd, tokenizer, dtype, device, request.seed)
+    add_processor(folder)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the competitors are other processes
+    processor = Processor.from_pretrained(folder)
+    return {stage: write_data(request, stage, folder, processor) for stage in request.stages}
+
+
+def describe(data: StepData) -> dict[str, Any]:
+    """What the samples are like."""
+    facts = data.facts
+    total = int(data.lengths.sum())
+    return {
+        "samples": len(facts),
+        "mean_tokens": round(total / len(facts), 1),
+        "least_tokens": int(data.lengths.min()),
+        "most_tokens": int(data.lengths.max()),
+        "visual_share": round(sum(one.visual for one in facts) / total, 4),
+        "learned_share": round(sum(one.labels for one in facts) / total, 4),
+        "tiles_per_image": round(
+            sum(one.tiles for one in facts) / max(1, sum(one.tiles > 0 for one in facts)), 2
+        ),
+    }
+
+
+def totals_of(request: Request, data: StepData, sizes: Sizes, stage: int) -> Totals:
+    """What the timed steps hold."""
+    order = data.order(request, packs=False)
+    timed = range(request.warm_up, request.num_steps)
+    samples = [data.facts[int(index)] for step in timed for index in order.samples(step)]
+    return Totals(
+        samples=len(samples),
+        images=sum(one.tiles > 0 for one in samples),
+        tokens=sum(one.length for one in samples),
+        work=work_of(samples, sizes, Scale(request.tile_px).hd, stage),
+    )
+
+
+def _race(
+    request: Request,
+    folder: Path,
+    found: dict[int, Found],
+    reasons: dict[int, dict[str, str]],
+    say: Say,
+) -> None:
+    """Start everyone's processes in turn and collect what they leave."""
+    device, dtype = torch.device(request.device), getattr(torch, DTYPES[request.dtype])
+    running = []
+    for name in request.competitors:
+        why = refusal(name, device, dtype)
+        if why is None:
+            running.append(name)
+            continue
+        say(f"{name}: not run: {why}")
+        for one in reasons.values():
+            one[name] = f"not run: {why}"
+    total = request.rounds * len(running)
+    for number in range(request.rounds):
+        for place, name in enumerate(rotated(running, number)):
+            stages = run_process(request, name, folder)
+            for stage in request.stages:
+                values = stages[str(stage)]
+                if "reason" in values:
+                    reasons[stage][name] = f"failed: {values['reason']}"
+                    found[stage].pop(name, None)
+                elif name not in reasons[stage]:
+                    found[stage].setdefault(name, []).append(Taken(**values))
+            done = number * len(running) + place + 1
+            say(f"[{done}/{total}] {name}: {_short(stages)}")
+
+
+def _short(stages: dict[str, Any]) -> str:
+    return ", ".join(
+        f"stage {stage} " + (one["reason"] if "reason" in one else f"{sum(one['seconds']):.1f} s")
+        for stage, one in stages.items()
+    )
+
+
+def run_process(request: Request, name: str, folder: Path) -> dict[str, Any]:
+    """One process of a competitor; what it has written. LlavaHDError where it dies."""
+    job, result = folder / "job.json", folder / "result.json"
+    write_job(Job(name, request, folder, result), job)
+    command = [sys.executable, "-m", "llava_hd.bench.step_process", str(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
+        raise LlavaHDError(f"bench step: {name} ended with code {done.returncode}: {last[0]}")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The bare-machine entry point; exit codes as llava-hd's."""
+    words = list(sys.argv[1:] if words is None else words)
+    call = "python -m llava_hd.bench.step"
+    parser = bare_parser(call, DESCRIPTION, EXAMPLES)
+    add_options(parser)
+    args = parser.parse_args(words)
+    try:
+        request = request_of(args, f"{call} {' '.join(words)}", torch.cuda.is_available())
+        return finish(request, args.json, lambda record: None)
+    except LlavaHDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def tell(line: str) -> None:
+    """A line of progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def finish(request: Request, as_json: bool, show: Callable[[dict[str, Any]], None]) -> int:
+    """Measure, print as JSON or by `show`. Raises Interrupted after Ctrl-C, with what is kept."""
+    if request.growth:
+        from .step_growth import RECORD as GROWTH
+        from .step_growth import run_growth
+
+        record, out = run_growth(request, tell)
+        path, chosen = out / GROWTH, {key: record[key] for key in ("points", "curves")}
+    else:
+        record, out = run_benchmark(request, tell)
+        path, chosen = out / RECORD, shown(record)
+    if as_json:
+        print(json_text(chosen), end="")
+    else:
+        show(record)
+    tell(f"results: {path}")
+    if not record["complete"]:
+        raise Interrupted(f"what was finished is in {path}")
+    return 0
+
+
+def shown(record: dict[str, Any]) -> dict[str, Any]:
+    """What --json prints: the ratios, the largest loss difference, the targets."""
+    differences = [r["largest_loss_difference"] for r in record["rows"] if not r["reason"]]
+    return {
+        "ratios": record["ratios"],
+        "largest_loss_difference": max(differences, default=None),
+        "targets": record["targets"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

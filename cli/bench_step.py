@@ -1,0 +1,79 @@
+"""`llava-hd bench step`: whole training steps of ours and of transformers' LlavaNext, in turn."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..bench.step_options import DESCRIPTION, EXAMPLES, OURS, add_options, request_of
+from .parser import Parser
+
+FIGURES = ("useful tokens/s", "images/s", "MFU", "peak MiB", "loading", "padding", "loss differs")
+
+
+def build_parser(command: str) -> Parser:
+    """The options of `llava-hd bench step`."""
+    parser = Parser(command, DESCRIPTION, [f"llava-hd {command} {words}" for words in EXAMPLES])
+    add_options(parser)
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Measure, write the results, print the tables (or JSON)."""
+    import torch
+
+    from ..bench.step import finish
+
+    command = " ".join(["llava-hd", *sys.argv[1:]])
+    request = request_of(args, command, torch.cuda.is_available())
+    return finish(request, args.json, lambda record: _print(Console(), record))
+
+
+def _print(console: Console, record: dict[str, Any]) -> None:
+    """A table for each stage, or for growth; then the goals and the notes."""
+    for curve in record.get("curves", ()):
+        console.print(f"{curve['axis']}: {curve['words']}", highlight=False, markup=False)
+    for stage in dict.fromkeys(row["stage"] for row in record.get("rows", ())):
+        console.print(_table(stage, record))
+    reasons = {row["competitor"]: row["reason"] for row in record.get("rows", ()) if row["reason"]}
+    for name, reason in reasons.items():
+        console.print(f"{name}: {reason}", highlight=False, markup=False)
+    for target in record.get("targets", ()):
+        reached = "reached" if target["reached"] else "not reached"
+        line = f"{target['what']}: {target['value']:.3g}, goal {target['goal']}: {reached}"
+        console.print(line, highlight=False, markup=False)
+    for note in record["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _table(stage: int, record: dict[str, Any]) -> Table:
+    ratios = {(one["stage"], one["rival"]): one for one in record["ratios"]}
+    title = f"stage {stage}: the time of each over that of {OURS}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("who", no_wrap=True)
+    for name in (f"/ {OURS}", "by CPU time", *FIGURES):
+        table.add_column(name, justify="right")
+    for row in record["rows"]:
+        if row["stage"] != stage:
+            continue
+        if row["reason"]:
+            continue  # told below the tables
+        ratio = ratios.get((stage, row["competitor"]))
+        table.add_row(
+            row["competitor"],
+            "" if ratio is None else f"{ratio['ratio']:.2f}",
+            "" if ratio is None else f"{ratio['cpu_ratio']:.2f}",
+            f"{row['useful_tokens_per_second']:,.1f}",
+            f"{row['images_per_second']:.2f}",
+            f"{row['mfu']:.1%}",
+            "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
+            f"{row['loading_share']:.1%}",
+            f"{row['padding']:.1%}",
+            f"{row['largest_loss_difference']:.1e}",
+        )
+    return table
