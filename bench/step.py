@@ -30,14 +30,15 @@ from ..model.processor import Processor
 from ..model.rival import SIZES, Sizes, save_random
 from ..model.rival_training import add_processor
 from .bare_parser import bare_parser
-from .files import result_folder, so_many_threads
 from .measure import (
     csv_text,
     device_name,
     environment,
     json_text,
     measure_roofline,
+    result_folder,
     rotated,
+    so_many_threads,
     write_results,
 )
 from .packing_data import Scale

@@ -24,8 +24,8 @@ from ..model.assemble import load_tokenizer
 from ..model.nano import SHIPPED
 from ..model.rival import save_random
 from ..train.launch import run_workers
-from .files import read_json_lines, result_folder
-from .measure import device_name, json_text, write_results
+from .files import read_json_lines
+from .measure import device_name, json_text, result_folder, write_results
 from .step_growth_points import AXES, geometry
 from .step_options import DTYPES, Request
 from .step_process import Job, write_job
