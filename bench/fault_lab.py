@@ -165,6 +165,15 @@ class Ranks:
         os.close(self.events)
         return None if hung else [codes[pid] for pid in self.pids]
 
+    def watch(self, seconds: float) -> None:
+        """Return after so many seconds, or as soon as all have ended; nothing is collected."""
+        deadline = time.monotonic() + seconds
+        how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while time.monotonic() < deadline:
+            if all(os.waitid(os.P_PID, pid, how) is not None for pid in self.pids):
+                return
+            time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+
     def next_event(self, seconds: float) -> str | None:
         """The next event, or None where none comes in time."""
         os.set_blocking(self.events, False)

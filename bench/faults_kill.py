@@ -175,7 +175,7 @@ def _strike(ranks: Ranks, aimed: bool, event: str | None, usual: float, rng: ran
             event = ranks.next_event(60.0) if saves else None
         time.sleep(rng.uniform(0.0, SAVE_SECONDS))
     else:
-        time.sleep(rng.uniform(0.0, usual))
+        ranks.watch(rng.uniform(0.0, usual))
     ranks.kill(rng.sample(range(RANKS), RANKS), pause=rng.choice((0.0, 0.0, 0.02, 0.1)))
     return saved
 
