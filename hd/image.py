@@ -285,6 +285,20 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
+def padded_rows(
+    image: Image.Image, rows: tuple[int, int], place: tuple[int, int], rgb: tuple[int, int, int]
+) -> Image.Image:
+    """Rows (first, behind the last) of an RGB image on a ground of one colour; place: (left, width)
+    in pixels, where they stand on it and how wide it is. The image itself where that is the same.
+    """
+    (first, last), (left, width) = rows, place
+    if (last - first, width) == image_size(image):
+        return image
+    ground = Image.new("RGB", (width, last - first), rgb)
+    ground.paste(image.crop((0, first, image.width, last)), (left, 0))
+    return ground
+
+
 def to_array(image: Image.Image) -> np.ndarray:
     """uint8 `[height width 3]` of an RGB image (read-only view where possible)."""
     return np.asarray(image)

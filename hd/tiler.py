@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from .image import from_array, image_size, resize, to_array
+from .image import from_array, image_size, padded_rows, resize, to_array
 from .plan import TilePlan
 
 if TYPE_CHECKING:
@@ -35,14 +35,17 @@ def tile_image(image: Image, plan: TilePlan) -> torch.Tensor:
             f"the plan is for an RGB image of {plan.image_size}, "
             f"this one is {image.mode} of {image_size(image)}"
         )
-    parts = []
-    if plan.has_global_view:
-        parts.append(rearrange(global_view(image, plan), "y x c -> 1 c y x"))
-    if plan.config.grids:
-        pattern = "(r y) (s x) c -> (r s) c y x"
-        rows, cols = plan.grid
-        parts.append(rearrange(canvas(image, plan), pattern, r=rows, s=cols))
-    return torch.from_numpy(np.concatenate(parts))
+    rows, cols = plan.grid if plan.config.grids else (0, 0)
+    first, tile_px = int(plan.has_global_view), plan.config.tile_px
+    # Every pixel goes straight to its place: joining turned views costs as much as resizing.
+    tiles = np.empty((first + rows * cols, 3, tile_px, tile_px), dtype=np.uint8)
+    if first:
+        tiles[0] = rearrange(global_view(image, plan), "y x c -> c y x")
+    if rows:
+        of_grid = rearrange(tiles[first:], "(r s) c y x -> r s c y x", r=rows)
+        pattern = "(r y) (s x) c -> r s c y x"
+        of_grid[:] = rearrange(canvas(image, plan), pattern, r=rows, s=cols)
+    return torch.from_numpy(tiles)
 
 
 def canvas(image: Image, plan: TilePlan) -> np.ndarray:
@@ -69,22 +72,22 @@ def _letterboxed(image: Image, plan: TilePlan) -> np.ndarray:
     need 10 GB).
     """
     tile_px = plan.config.tile_px
-    height, width = plan.image_size
+    height = plan.image_size[0]
     side, top, left = plan.letterbox
     narrow = _filled((side, tile_px), plan)
     step = max(1, STRIP_PIXELS // side)
-    pixels = to_array(image)
     for first in range(0, height, step):
-        strip = _filled((min(step, height - first), side), plan)
-        strip[:, left : left + width] = pixels[first : first + step]
-        resized = to_array(resize(from_array(strip), (len(strip), tile_px)))
-        narrow[top + first : top + first + len(strip)] = resized
+        last = min(first + step, height)
+        strip = padded_rows(image, (first, last), (left, side), plan.config.pad_rgb)
+        narrow[top + first : top + last] = to_array(resize(strip, (last - first, tile_px)))
     return to_array(resize(from_array(narrow), (tile_px, tile_px)))
 
 
 def _filled(size: tuple[int, int], plan: TilePlan) -> np.ndarray:
     """uint8 `[height width 3]` of the pad colour."""
-    return np.full((*size, 3), plan.config.pad_rgb, dtype=np.uint8)
+    rgb = plan.config.pad_rgb
+    # One number is written many times faster than three in turn.
+    return np.full((*size, 3), rgb[0] if len(set(rgb)) == 1 else rgb, dtype=np.uint8)
 
 
 def normalise(tiles: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
