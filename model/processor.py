@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..hd.image import image_size, load_image
 from ..hd.plan import TilePlan, plan_image
-from ..hd.tiler import tile_image
+from ..hd.tiler import Resizer, pillow_resizer, tile_image
 from .config import LlavaHDConfig
 from .foreign import read_config
 from .packing import Sample
@@ -67,9 +67,12 @@ class Cut:
 class Processor:
     """Plans and cuts images, writes prompts; the same in training, evaluation and chat."""
 
-    def __init__(self, tokenizer: Any, config: LlavaHDConfig) -> None:
+    def __init__(
+        self, tokenizer: Any, config: LlavaHDConfig, resizer: Resizer = pillow_resizer
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        self.resizer = resizer
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Processor:
@@ -87,7 +90,7 @@ class Processor:
     def cut(self, image: Image) -> Cut:
         """The plan of an RGB image and its tiles."""
         plan = plan_image(image_size(image), self.config.hd)
-        return Cut(plan, tile_image(image, plan))
+        return Cut(plan, tile_image(image, plan, self.resizer))
 
     def conversation(
         self,

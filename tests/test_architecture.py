@@ -23,6 +23,7 @@ ARROWS = {
 DOORS = {
     "triton": {"kernels", "bench"},
     "PIL": {"hd"},
+    "numba": {"hd/resample.py"},
     "transformers": {"model"},
     "tokenizers": {"model"},
     "huggingface_hub": {"model"},

@@ -155,6 +155,7 @@ FREE_TO_CHANGE = frozenset(
         "timeout_minutes",
         "nonfinite_limit",
         "data.num_workers",
+        "data.resizing",
         "data.bad_sample_limit",
         *(f"zero.{item.name}" for item in fields(ZeroConfig)),
         "data.images",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 from ..hd.errors import DataError
+from ..hd.tiler import find_resizer
 from ..model.packing import Loss, PackedBatch, Sample, pack
 from ..model.processor import Processor
 from .bad_samples import BadSample
@@ -130,7 +131,10 @@ class Passes(Dataset):
 
 
 def run_passes(config: TrainConfig, records: RecordSet, processor: Processor) -> Passes:
-    """The passes of a run, as its configuration wants them."""
+    """The passes of a run, as its configuration wants them. UsageError for a resizer that is not
+    installed."""
+    resizer, _ = find_resizer(config.data.resizing)
+    processor = Processor(processor.tokenizer, processor.config, resizer)
     reader = RecordReader(
         records=records,
         images=Path(config.data.images) if config.data.images else None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..hd.errors import UsageError
+from ..hd.tiler import find_resizer
 from ..model.attention import implementation
 from ..model.config import LlavaHDConfig, read_config_json
 from ..model.prompt import get_template
@@ -65,6 +66,7 @@ def prepare(config: TrainConfig, world_size: int, checkpoint: Path | None) -> Jo
     check_lora(config)
     if config.sample_template is not None:
         get_template(config.sample_template)
+    find_resizer(config.data.resizing)
     _check_output_dir(config)
     tolerant = config.data.bad_samples != "error"
     records = open_records(config.data.paths, config.data.images or None, tolerant)

@@ -15,6 +15,7 @@ from .zero import World, join_world, start_engine
 
 # isort: split
 # (zero.py comes first: it tells DeepSpeed the accelerator before transformers starts it.)
+from ..hd.tiler import find_resizer
 from ..model.assemble import assemble
 from ..model.llava_hd import LlavaHD
 from ..model.processor import Processor
@@ -145,11 +146,12 @@ def start_loop(
 ) -> Loop:
     """Everything that the steps need: the model, sharded, where the run begins or goes on."""
     config = job.config
+    _, resizer_name = find_resizer(config.data.resizing)
     listener.say(f"{job.data_words}; loading the model")
     model, processor = on_all(world, lambda: build_model(config, job.checkpoint))
     order = _order(job, processor, world, listener)
     freeze(model, config.stage, config.train_vision, config.vision_layers)
-    listener.say(trained_words(model))
+    listener.say(f"{trained_words(model)}; images are resized by {resizer_name}")
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     optimizer = build_optimizer(model, config.optimizer)

@@ -94,6 +94,9 @@ class DataConfig:
         "error", "an unreadable one: stop, leave it out, or keep its text without the image"
     )
     bad_sample_limit: float = setting(0.001, "share of the data that may be bad before it stops")
+    resizing: Literal["auto", "pillow", "numba"] = setting(
+        "auto", "what resizes images, all to the same bytes; auto: numba where it is installed"
+    )
     num_workers: int = setting(4, "loader processes of each rank; 0 loads in the rank itself")
 
     def __post_init__(self) -> None:
