@@ -95,6 +95,11 @@ def load_image(source: str | Path | bytes, limits: ImageLimits = ImageLimits()) 
         return _rgb(_upright(image), name)
 
 
+def read_bytes(source: Path | bytes, limits: ImageLimits = ImageLimits()) -> bytes:
+    """The bytes of an image file, not looked into. Raises ImageError."""
+    return source if isinstance(source, bytes) else _read(source, _name(source), limits)
+
+
 def read_size(source: str | Path | bytes, limits: ImageLimits = ImageLimits()) -> tuple[int, int]:
     """(height, width) of the image that `load_image` would give, by its header: no pixels are
     decoded, but for a TIFF and for a PNG that says only behind its pixels how it is turned.

@@ -58,10 +58,16 @@ def with_bos(tokenizer: Any) -> Any:
 
 @dataclass(frozen=True)
 class Cut:
-    """An image ready for the model: its plan, and its tiles uint8 `[n 3 px px]`."""
+    """An image ready for the model: its plan, and its tiles uint8 `[n 3 px px]`.
+
+    features, key, fault: of a cache, see model/packing.py's Sample.
+    """
 
     plan: TilePlan
     tiles: torch.Tensor
+    features: torch.Tensor | None = None
+    key: str = ""
+    fault: str | None = None
 
 
 class Processor:
@@ -95,13 +101,13 @@ class Processor:
     def conversation(
         self,
         turns: Sequence[Turn],
-        images: Sequence[Image],
+        images: Sequence[Image | Cut],
         max_length: int | None = None,
         template: str | None = None,
         name: str = "",
     ) -> Sample:
         """A training sample; raises SampleError (model/prompt.py)."""
-        cuts = [self.cut(image) for image in images]
+        cuts = [image if isinstance(image, Cut) else self.cut(image) for image in images]
         encoded = encode_conversation(
             self.tokenizer,
             turns,
@@ -111,7 +117,9 @@ class Processor:
             max_length,
         )
         plans, tiles = tuple(cut.plan for cut in cuts), tuple(cut.tiles for cut in cuts)
-        return Sample(encoded.ids, encoded.labels, plans, tiles, name)
+        features, keys = tuple(cut.features for cut in cuts), tuple(cut.key for cut in cuts)
+        faults = tuple(cut.fault for cut in cuts if cut.fault is not None)
+        return Sample(encoded.ids, encoded.labels, plans, tiles, name, features, keys, faults)
 
     def question(self, text: str, images: Sequence[Image | Cut] = (), name: str = "") -> Sample:
         """A prompt that waits for its answer; image tags are put in front where there are none.

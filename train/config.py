@@ -100,6 +100,11 @@ class TrainConfig:
         ):
             if value is not None and not self.train_vision:
                 raise UsageError(f"{name} needs train_vision; set it, or leave {name} out")
+        if self.train_vision and self.data.feature_cache is not None:
+            raise UsageError(
+                "data.feature_cache keeps what a frozen tower says, and train_vision changes the "
+                "tower; leave one of them out"
+            )
         if self.lora is None:
             return
         if self.stage == "pretrain":
@@ -156,6 +161,8 @@ FREE_TO_CHANGE = frozenset(
         "nonfinite_limit",
         "data.num_workers",
         "data.resizing",
+        "data.feature_cache",
+        "data.feature_cache_gib",
         "data.bad_sample_limit",
         *(f"zero.{item.name}" for item in fields(ZeroConfig)),
         "data.images",

@@ -68,6 +68,8 @@ def prepare(config: TrainConfig, world_size: int, checkpoint: Path | None) -> Jo
         get_template(config.sample_template)
     find_resizer(config.data.resizing)
     _check_output_dir(config)
+    if config.data.feature_cache is not None:
+        _check_writable("data.feature_cache", Path(config.data.feature_cache))
     tolerant = config.data.bad_samples != "error"
     records = open_records(config.data.paths, config.data.images or None, tolerant)
     num_images = None if tolerant else check_images(records)
@@ -131,12 +133,7 @@ def check_model_source(source: ModelSource) -> None:
 def _check_output_dir(config: TrainConfig) -> None:
     """A run begins in an empty folder, or goes on in its own."""
     folder = Path(config.output_dir)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        of = "" if nearest == folder else f" (in {folder})"
-        raise UsageError(f"output_dir {nearest}{of} is a file; give a new folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"output_dir {folder}: {nearest} cannot be written; give another folder")
+    _check_writable("output_dir", folder)
     if is_fresh(folder):
         return
     if config.resume == "none":
@@ -147,6 +144,16 @@ def _check_output_dir(config: TrainConfig) -> None:
         raise UsageError(
             f"output_dir {folder} is not empty and holds no run ({CONFIG_FILE}); give a new folder"
         )
+
+
+def _check_writable(field: str, folder: Path) -> None:
+    """UsageError where a folder could not be made or written."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        of = "" if nearest == folder else f" (in {folder})"
+        raise UsageError(f"{field} {nearest}{of} is a file; give a new folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{field} {folder}: {nearest} cannot be written; give another folder")
 
 
 def is_fresh(folder: Path) -> bool:

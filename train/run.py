@@ -29,6 +29,7 @@ from .checkpoint import (
 )
 from .checkpoint_state import read_state, write_state
 from .config import TrainConfig, part_folder
+from .feature_cache import GIB, CacheWriter, FeatureCache
 from .loop import Listener, Loop
 from .lora import start_adapter
 from .manifest import MANIFEST_FILE
@@ -58,12 +59,27 @@ class Silence:
 
 
 @dataclass(frozen=True)
+class CacheUse:
+    """What a feature cache did. images: of the logged steps; read: those among them that it had.
+    stored, stored_bytes: entries that all ranks added since this start; stopped: ranks that stopped
+    adding; damaged: entries made again."""
+
+    images: int
+    read: int
+    stored: int
+    stored_bytes: int
+    stopped: int
+    damaged: int
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """What a run left: its folder, its steps (with those done before a resumption), last loss.
 
     tokens_per_second: useful ones, of the logged steps. padding: share of all computed tokens.
     pack_fill: of packs, on average; None for other batches. skipped: steps that left the weights as
-    they were since this start; bad_samples: left out or kept as text in the whole run.
+    they were since this start; bad_samples: left out or kept as text in the whole run. cache: what
+    the feature cache did in the logged steps, None without one.
     """
 
     output_dir: Path
@@ -75,6 +91,7 @@ class TrainResult:
     pack_fill: float | None
     skipped: int = 0
     bad_samples: int = 0
+    cache: CacheUse | None = None
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> TrainResult:
@@ -154,6 +171,7 @@ def start_loop(
     listener.say(f"{trained_words(model)}; images are resized by {resizer_name}")
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
+    cache = open_cache(config, model, world, listener)
     optimizer = build_optimizer(model, config.optimizer)
     engine = start_engine(model.train(), optimizer, config, world)
     rates = LearningRates(engine.optimizer, config.optimizer)
@@ -162,7 +180,23 @@ def start_loop(
         of = job.state.world_size
         ranks = "" if of == world.size else f" (written by {of} ranks, now there are {world.size})"
         listener.say(f"going on from {job.checkpoint}, step {job.state.step}{ranks}")
-    return Loop(job, order, engine, rates, processor, world, listener, stop, lock)
+    return Loop(job, order, engine, rates, processor, world, listener, stop, lock, cache)
+
+
+def open_cache(
+    config: TrainConfig, model: LlavaHD, world: World, listener: Listener
+) -> CacheWriter | None:
+    """The cache of the tower's features, if the run keeps one; a collective. Rank 0 counts what
+    the folder holds, and the ranks share what the limit leaves."""
+    if config.data.feature_cache is None:
+        return None
+    cache = FeatureCache.of(Path(config.data.feature_cache), model.vision, world.device)
+    entries, size = on_main(world, cache.held)
+    limit = config.data.feature_cache_gib
+    room = None if limit is None else max(0, int(limit * GIB) - size) // world.size
+    of = "no limit" if limit is None else f"limit {limit:g} GiB"
+    listener.say(f"feature cache {cache.folder}: {entries:,} entries, {size / GIB:.2f} GiB, {of}")
+    return CacheWriter(cache, room, listener.say)
 
 
 def _order(job: Job, processor: Processor, world: World, listener: Listener) -> BatchOrder:
@@ -245,4 +279,18 @@ def _result(job: Job, start: float, loop: Loop | None = None) -> TrainResult:
         pack_fill=sum(fills) / len(fills) if fills else None,
         skipped=loop.skipped if loop else 0,
         bad_samples=len(loop.bad_samples.seen) if loop else 0,
+        cache=_cache_use(metrics, loop),
+    )
+
+
+def _cache_use(metrics: list[StepMetrics], loop: Loop | None) -> CacheUse | None:
+    if loop is None or loop.cache is None:
+        return None
+    return CacheUse(
+        images=sum(m.images for m in metrics),
+        read=sum(m.cached_images for m in metrics),
+        stored=loop.stored[0],
+        stored_bytes=loop.stored[1],
+        stopped=loop.stored[2],
+        damaged=loop.damaged,
     )

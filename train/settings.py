@@ -97,6 +97,10 @@ class DataConfig:
     resizing: Literal["auto", "pillow", "numba"] = setting(
         "auto", "what resizes images, all to the same bytes; auto: numba where it is installed"
     )
+    feature_cache: str | None = setting(
+        None, "folder that keeps a frozen tower's features of each image, for later runs"
+    )
+    feature_cache_gib: float | None = setting(None, "size up to which that folder is filled")
     num_workers: int = setting(4, "loader processes of each rank; 0 loads in the rank itself")
 
     def __post_init__(self) -> None:
@@ -105,6 +109,12 @@ class DataConfig:
         if not self.images and not all(path.endswith(INSIDE) for path in self.paths):
             raise UsageError("data.images is missing; give the root folder of the images")
         at_least("data.num_workers", self.num_workers, 0)
+        if self.feature_cache == "":
+            raise UsageError("data.feature_cache is empty; give a folder, or leave it out")
+        if self.feature_cache_gib is not None:
+            positive("data.feature_cache_gib", self.feature_cache_gib)
+            if self.feature_cache is None:
+                raise UsageError("data.feature_cache_gib needs data.feature_cache; give its folder")
         if self.pack_tokens is not None:
             at_least("data.pack_tokens", self.pack_tokens, 1)
         if not 0 <= self.bad_sample_limit <= 1:
