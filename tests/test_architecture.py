@@ -29,6 +29,7 @@ DOORS = {
     "huggingface_hub": {"model"},
     "safetensors": {"model", "train/zero_state.py"},
     "peft": {"model"},
+    "liger_kernel": {"model/fused.py"},
     "bitsandbytes": {"model"},
     "deepspeed": {"train"},
     "pyarrow": {"train/sources_parquet.py"},

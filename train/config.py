@@ -100,6 +100,11 @@ class TrainConfig:
         ):
             if value is not None and not self.train_vision:
                 raise UsageError(f"{name} needs train_vision; set it, or leave {name} out")
+        if self.model.compile and self.zero.stage == 3:
+            raise UsageError(
+                "model.compile needs zero.stage 2; stage 3 fetches weights inside of each layer, "
+                "which cannot be compiled as one"
+            )
         if self.train_vision and self.data.feature_cache is not None:
             raise UsageError(
                 "data.feature_cache keeps what a frozen tower says, and train_vision changes the "
@@ -167,6 +172,8 @@ FREE_TO_CHANGE = frozenset(
         *(f"zero.{item.name}" for item in fields(ZeroConfig)),
         "data.images",
         "model.attention",
+        "model.fused",
+        "model.compile",
     }
 )
 

@@ -6,10 +6,13 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ..hd.errors import UsageError
 from ..hd.tiler import find_resizer
 from ..model.attention import implementation
 from ..model.config import LlavaHDConfig, read_config_json
+from ..model.fused import check_liger
 from ..model.prompt import get_template
 from .checkpoint_state import (
     STATE_FILE,
@@ -64,6 +67,8 @@ def prepare(config: TrainConfig, world_size: int, checkpoint: Path | None) -> Jo
     """
     check_model_source(config.model)
     check_lora(config)
+    if config.model.fused == "liger":
+        check_liger("cuda" if torch.cuda.is_available() else "cpu")
     if config.sample_template is not None:
         get_template(config.sample_template)
     find_resizer(config.data.resizing)

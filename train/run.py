@@ -17,6 +17,7 @@ from .zero import World, join_world, start_engine
 # (zero.py comes first: it tells DeepSpeed the accelerator before transformers starts it.)
 from ..hd.tiler import find_resizer
 from ..model.assemble import assemble
+from ..model.fused import compile_layers, fuse_layers
 from ..model.llava_hd import LlavaHD
 from ..model.processor import Processor
 from .batches import BatchOrder
@@ -172,6 +173,7 @@ def start_loop(
     if config.gradient_checkpointing:
         model.checkpoint_gradients()
     cache = open_cache(config, model, world, listener)
+    _speed_up(model, config, listener)
     optimizer = build_optimizer(model, config.optimizer)
     engine = start_engine(model.train(), optimizer, config, world)
     rates = LearningRates(engine.optimizer, config.optimizer)
@@ -181,6 +183,15 @@ def start_loop(
         ranks = "" if of == world.size else f" (written by {of} ranks, now there are {world.size})"
         listener.say(f"going on from {job.checkpoint}, step {job.state.step}{ranks}")
     return Loop(job, order, engine, rates, processor, world, listener, stop, lock, cache)
+
+
+def _speed_up(model: LlavaHD, config: TrainConfig, listener: Listener) -> None:
+    """Fused and compiled layers, where the recipe asks for them."""
+    causal_lm = model.language.causal_lm
+    if config.model.fused == "liger":
+        listener.say(f"{fuse_layers(causal_lm)} modules are Liger Kernel's")
+    if config.model.compile:
+        listener.say(f"{compile_layers(causal_lm)} layers are compiled when they are first run")
 
 
 def open_cache(

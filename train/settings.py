@@ -45,6 +45,10 @@ class ModelSource:
     vision_layer: int = setting(-2, "which hidden state of the tower; -2 is the last but one")
     template: str = setting("vicuna_v1", "conversation template that the model is asked with")
     attention: str = setting("auto", "attention implementation")
+    fused: Literal["none", "liger"] = setting(
+        "none", "liger: norms, rotary positions and SwiGLU as Liger Kernel's (CUDA)"
+    )
+    compile: bool = setting(False, "compile the decoder layers; minutes at the start (not ZeRO-3)")
 
     def __post_init__(self) -> None:
         parts = [name for name in ("vision", "language") if getattr(self, name) is not None]
