@@ -55,7 +55,9 @@ class TrainConfig:
     max_steps: int | None = setting(None, "number of steps, instead of epochs")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of weights and activations in the model")
     gradient_clipping: float = setting(0.0, "largest gradient norm; 0.0 is off, as in LLaVA-1.5")
-    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
+    gradient_checkpointing: bool | Literal["auto"] = setting(
+        False, "recompute activations: less memory, more time; auto: only if memory needs it"
+    )
     max_length: int = setting(2048, "tokens of a sample; text behind is cut, visual tokens never")
     loss: Literal["token", "sample"] = setting(
         "token", "mean over the step's label tokens, or over its samples' own means"

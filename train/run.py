@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .zero import World, join_world, start_engine
+from .zero import World, gather_objects, join_world, start_engine
 
 # isort: split
 # (zero.py comes first: it tells DeepSpeed the accelerator before transformers starts it.)
@@ -31,6 +31,7 @@ from .checkpoint import (
 from .checkpoint_state import read_state, write_state
 from .config import TrainConfig, part_folder
 from .feature_cache import GIB, CacheWriter, FeatureCache
+from .fitting import fit_to_memory, is_left_open, rank_memory
 from .loop import Listener, Loop
 from .lora import start_adapter
 from .manifest import MANIFEST_FILE
@@ -167,10 +168,10 @@ def start_loop(
     _, resizer_name = find_resizer(config.data.resizing)
     listener.say(f"{job.data_words}; loading the model")
     model, processor = on_all(world, lambda: build_model(config, job.checkpoint))
-    order = _order(job, processor, world, listener)
+    order, checkpointing = _order(job, processor, world, listener)
     freeze(model, config.stage, config.train_vision, config.vision_layers)
     listener.say(f"{trained_words(model)}; images are resized by {resizer_name}")
-    if config.gradient_checkpointing:
+    if checkpointing:
         model.checkpoint_gradients()
     cache = open_cache(config, model, world, listener)
     _speed_up(model, config, listener)
@@ -210,12 +211,31 @@ def open_cache(
     return CacheWriter(cache, room, listener.say)
 
 
-def _order(job: Job, processor: Processor, world: World, listener: Listener) -> BatchOrder:
-    """The data order. Where it needs lengths, rank 0 counts them and tells the other ranks."""
-    lengths = None
-    if job.config.data.batching in NEED_LENGTHS:
+def _order(
+    job: Job, processor: Processor, world: World, listener: Listener
+) -> tuple[BatchOrder, bool]:
+    """The data order, and whether activations are recomputed. Rank 0 counts the lengths that the
+    order needs, chooses what the recipe leaves to the memory, and tells the other ranks."""
+    config, lengths = job.config, None
+    if config.data.batching in NEED_LENGTHS:
         lengths = on_main(world, lambda: checked_lengths(job, processor, listener.say))
-    return run_order(job.config, job.records, job.state.samples_per_step, lengths)
+    checkpointing = config.gradient_checkpointing is True
+    if is_left_open(config):
+        memory = min(gather_objects(rank_memory(world.device, world.size)))
+        longest = 1 if lengths is None else int(lengths.total.max())
+        fitted = on_main(
+            world,
+            lambda: fit_to_memory(
+                config, processor, job.records, longest, job.state.samples_per_step, world.size,
+                memory, world.device.type == "cuda",
+            ),
+        )  # fmt: skip
+        listener.say(fitted.words)
+        checkpointing = fitted.checkpointing
+        if fitted.pack_tokens is not None:
+            config = replace(config, data=replace(config.data, pack_tokens=fitted.pack_tokens))
+    order = run_order(config, job.records, job.state.samples_per_step, lengths)
+    return order, checkpointing
 
 
 def build_model(config: TrainConfig, checkpoint: Path | None) -> tuple[LlavaHD, Processor]:

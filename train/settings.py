@@ -91,8 +91,10 @@ class DataConfig:
         "packs of at most pack_tokens; modality: with and without images apart, as LLaVA; padded "
         "to the longest of a pass; plain: so many samples laid end to end",
     )
-    pack_tokens: int | None = setting(
-        None, "tokens of a pack (batching packs); per_device_batch_size mean samples by default"
+    pack_tokens: int | Literal["auto"] | None = setting(
+        None,
+        "tokens of a pack (batching packs); per_device_batch_size mean samples by default; auto: "
+        "as many as the memory holds",
     )
     bad_samples: Literal["error", "skip", "text_only"] = setting(
         "error", "an unreadable one: stop, leave it out, or keep its text without the image"
@@ -119,8 +121,12 @@ class DataConfig:
             positive("data.feature_cache_gib", self.feature_cache_gib)
             if self.feature_cache is None:
                 raise UsageError("data.feature_cache_gib needs data.feature_cache; give its folder")
-        if self.pack_tokens is not None:
+        if isinstance(self.pack_tokens, int):
             at_least("data.pack_tokens", self.pack_tokens, 1)
+        elif self.pack_tokens == "auto" and self.batching != "packs":
+            raise UsageError(
+                f"data.pack_tokens auto needs data.batching packs, not {self.batching}"
+            )
         if not 0 <= self.bad_sample_limit <= 1:
             raise UsageError(f"data.bad_sample_limit must lie in 0..1, not {self.bad_sample_limit}")
 
