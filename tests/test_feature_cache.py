@@ -87,12 +87,11 @@ def same_run(ours: TrainConfig, theirs: TrainConfig) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_is_the_same_to_the_last_bit_without_cache_filling_and_reading_one(
-    precision, data, parts, tmp_path
+    data, parts, tmp_path
 ):
     # One epoch, so that every image is new to the filling run and known to the reading one.
-    settings = {"stage": "pretrain", "max_steps": 3, "precision": precision}
+    settings = {"stage": "pretrain", "max_steps": 3, "precision": "bf16"}
     without = tiny_config(data, parts, tmp_path / "without", **settings)
     cached = {"data__feature_cache": str(tmp_path / "cache")}
     fill = tiny_config(data, parts, tmp_path / "fill", **settings, **cached)
