@@ -10,6 +10,7 @@ from setuptools import setup
 
 # PyTorch's CUDA builds bring it, its CPU builds do not; kernels/ imports it where it is used.
 TRITON = 'triton>=3.6; platform_system == "Linux"'
+NUMBA = "numba>=0.60"  # hd/resample.py: Pillow's resize several times as fast
 BITSANDBYTES = "bitsandbytes>=0.49"  # linears in 4 or 8 bits (QLoRA)
 PYARROW = "pyarrow>=19"  # Parquet files of records
 OPENAI = "openai>=3"  # `llava-hd data generate` alone
@@ -61,6 +62,7 @@ setup(
         "data": [OPENAI, PYARROW],
         "qlora": [BITSANDBYTES],
         "web": WEB,
+        "fast": [NUMBA],
         "eval": ["lmms-eval>=0.7"],
         "serve": SERVE,
         "dev": [
@@ -69,6 +71,7 @@ setup(
             BITSANDBYTES,
             "hypothesis",
             "mypy",
+            NUMBA,
             OPENAI,
             PYARROW,
             "pytest",

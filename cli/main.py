@@ -50,6 +50,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("nano", "build"): ("nano", "make the shipped nano weights again from a seed"),
     ("bench", "kernels"): ("bench_kernels", "time our kernels against their rivals, with errors"),
     ("bench", "faults"): ("bench_faults", "training runs killed, torn and fed with rubbish"),
+    ("bench", "loader"): ("bench_loader", "our loader's images/s against transformers' processors"),
     ("bench", "packing"): ("bench_packing", "train with packs and with padded batches, in turns"),
     ("bench", "pope"): ("bench_pope", "questions/s with a shared image prefix, and of the rivals"),
     ("bench", "step"): ("bench_step", "whole training steps of ours and of transformers, in turn"),

@@ -231,7 +231,21 @@ def _summary(result: TrainResult) -> str:
     return (
         f"{result.output_dir}: {result.num_steps:,} steps, loss {result.last_loss:.4f}, "
         f"{result.seconds:.0f} s; {result.tokens_per_second:,.0f} useful tokens/s, padding "
-        f"{result.padding:.1%}{fill}{'; ' if odd else ''}{', '.join(odd)}"
+        f"{result.padding:.1%}{fill}{'; ' if odd else ''}{', '.join(odd)}{_cache_words(result)}"
+    )
+
+
+def _cache_words(result: TrainResult) -> str:
+    """What the feature cache saved, if there is one."""
+    use = result.cache
+    if use is None:
+        return ""
+    damaged = f", {use.damaged} damaged ones made again" if use.damaged else ""
+    stopped = ", then storing stopped" if use.stopped else ""
+    return (
+        f"; feature cache: {use.read:,} of {use.images:,} images "
+        f"({use.read / max(1, use.images):.0%}) neither decoded nor encoded, {use.stored:,} stored "
+        f"({use.stored_bytes / 2**30:.2f} GiB){stopped}{damaged}"
     )
 
 

@@ -95,6 +95,11 @@ def load_image(source: str | Path | bytes, limits: ImageLimits = ImageLimits()) 
         return _rgb(_upright(image), name)
 
 
+def read_bytes(source: Path | bytes, limits: ImageLimits = ImageLimits()) -> bytes:
+    """The bytes of an image file, not looked into. Raises ImageError."""
+    return source if isinstance(source, bytes) else _read(source, _name(source), limits)
+
+
 def read_size(source: str | Path | bytes, limits: ImageLimits = ImageLimits()) -> tuple[int, int]:
     """(height, width) of the image that `load_image` would give, by its header: no pixels are
     decoded, but for a TIFF and for a PNG that says only behind its pixels how it is turned.
@@ -258,7 +263,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         white = Image.new("RGB", rgba.size, (255, 255, 255))
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
@@ -283,6 +288,20 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The image at `size` (height, width), bicubic with antialiasing as in every LLaVA."""
     height, width = size
     return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def padded_rows(
+    image: Image.Image, rows: tuple[int, int], place: tuple[int, int], rgb: tuple[int, int, int]
+) -> Image.Image:
+    """Rows (first, behind the last) of an RGB image on a ground of one colour; place: (left, width)
+    in pixels, where they stand on it and how wide it is. The image itself where that is the same.
+    """
+    (first, last), (left, width) = rows, place
+    if (last - first, width) == image_size(image):
+        return image
+    ground = Image.new("RGB", (width, last - first), rgb)
+    ground.paste(image.crop((0, first, image.width, last)), (left, 0))
+    return ground
 
 
 def to_array(image: Image.Image) -> np.ndarray:

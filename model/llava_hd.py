@@ -15,17 +15,19 @@ from .config import LlavaHDConfig
 from .language import LanguageModel
 from .packing import PackedBatch
 from .projector import MLPProjector, build_projector
-from .vision import VisionTower
+from .vision import VisionTower, with_cached
 
 
 @dataclass(frozen=True)
 class Output:
     """loss_sum: scalar fp32, the summed cross entropy of `num_label_tokens` tokens, each by its
-    weight. loss_units: what that is the sum of, label tokens or samples' means; divide by it."""
+    weight. loss_units: what that is the sum of, label tokens or samples' means; divide by it.
+    features: the tower's, where the pack holds rows that a cache wants (`fresh`)."""
 
     loss_sum: Tensor
     num_label_tokens: int
     loss_units: int
+    features: Tensor | None = None
 
 
 class LlavaHD(nn.Module):
@@ -64,15 +66,22 @@ class LlavaHD(nn.Module):
     def device(self) -> torch.device:
         return next(self.projector.parameters()).device
 
-    def embeddings(self, batch: PackedBatch) -> Tensor:
-        """The packed embedding sequence `[T H]`: text, visual rows and row-ends in their places."""
-        features = self.vision(batch.tiles)  # [N P+1 D]
+    def features(self, batch: PackedBatch) -> Tensor:
+        """The tower's features `[N P+1 D]`; with cached rows behind them, `[1 1+N·P+C D]`."""
+        features = self.vision(batch.tiles)
+        return features if batch.features is None else with_cached(features, batch.features)
+
+    def embeddings(self, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
+        """The packed embedding sequence `[T H]`: text, visual rows and row-ends in their places.
+        features: of the batch, where they have been computed already."""
+        if features is None:
+            features = self.features(batch)
         text = self.language.embed(batch.ids)  # [T H]
         return self.projector(text, features, batch.rows, batch.source)  # [T H]
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
+    def hidden(self, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
         """Last hidden states `[T H]`."""
-        x = self.embeddings(batch)
+        x = self.embeddings(batch, features)
         return self.language.read(x, batch.positions, batch.cu_seqlens, batch.max_seqlen)
 
     def forward(self, batch: PackedBatch) -> Output:
@@ -81,9 +90,11 @@ class LlavaHD(nn.Module):
         A pack without images reads one zero tile whose row is placed nowhere: its gradient is
         zero, but every rank runs the same modules (no hang under ZeRO).
         """
-        hidden = self.hidden(batch)
+        features = self.features(batch)
+        hidden = self.hidden(batch, features)
         loss_sum = self.language.head(hidden, batch.label_rows, batch.targets, batch.weights)
-        return Output(loss_sum, batch.num_label_tokens, batch.loss_units)
+        wanted = features if batch.fresh else None
+        return Output(loss_sum, batch.num_label_tokens, batch.loss_units, wanted)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """`[T V]` for every place; for comparison and scoring, not for training."""

@@ -25,20 +25,42 @@ Loss = Literal["token", "sample"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence: ids and labels `[t]`, and per image its plan and tiles uint8 `[n 3 px px]`."""
+    """One sequence: ids and labels `[t]`, and per image its plan and tiles uint8 `[n 3 px px]`.
+
+    features: where a cache takes part, per image the tower's kept rows `[r D]`, in place of its
+    tiles (n is 0 then), or None. keys: per image its name in that cache, or "". faults: what was
+    wrong with entries of it, a line each.
+    """
 
     ids: Sequence[int]
     labels: Sequence[int]
     plans: tuple[TilePlan, ...] = ()
     tiles: tuple[Tensor, ...] = ()
     name: str = ""
+    features: tuple[Tensor | None, ...] = ()
+    keys: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+
+    def known(self, image: int) -> Tensor | None:
+        """The features of an image (from 0) that the tower need not see."""
+        return self.features[image] if self.features else None
+
+
+@dataclass(frozen=True)
+class FreshRows:
+    """An image that the tower sees and a cache wants: its name there, and its places (first, behind
+    the last) in the batch's `rows`."""
+
+    key: str
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
 class PackedBatch:
     """Samples laid end to end.
 
-    tiles: uint8 `[N 3 px px]`; one zero tile when no sample has an image (`has_dummy`).
+    tiles: uint8 `[N 3 px px]`; one zero tile when the tower has no image to see (`has_dummy`).
     rows: int64 `[R]`, the feature rows kept, among N·P. source: int64 `[T]`, what stands at each
     place (kernels/place_rows.py). ids, positions: int64 `[T]`; positions restart in each sample.
     cu_seqlens: int32 `[S+1]`; max_seqlen the longest. label_rows, targets: int64 `[L]`, the
@@ -47,6 +69,8 @@ class PackedBatch:
     places' losses, and loss_units what their sum is divided by: label tokens, all of weight 1, or
     samples that have a label, 1 / (label tokens of the sample) each. num_padding: tokens of the T
     that belong to no sample (names has one entry for each sample).
+    features: `[C D]`, kept rows that a cache knew, numbered in `rows` behind the N·P of the tiles,
+    of num_cached images; None where there are none. fresh: what that cache is to be told.
     """
 
     tiles: Tensor
@@ -64,6 +88,9 @@ class PackedBatch:
     num_images: int
     has_dummy: bool
     names: tuple[str, ...]
+    features: Tensor | None = None
+    num_cached: int = 0
+    fresh: tuple[FreshRows, ...] = ()
 
     @property
     def num_samples(self) -> int:
@@ -122,15 +149,17 @@ def pack(
     per_sample = [_next_labels(sequence) for sequence in sequences]
     labels = np.concatenate(per_sample)
     tiles = [tile for sample in samples for tile in sample.tiles]
-    rows, source = _tables(sequences, ids, config)
+    tables = _tables(sequences, ids, config)
+    known = [rows for sample in samples for rows in sample.features if rows is not None]
+    has_tiles = any(len(tile) for tile in tiles)
     px = config.hd.tile_px
     label_rows = np.flatnonzero(labels != IGNORE)
     counts = np.array([np.count_nonzero(own != IGNORE) for own in per_sample])
     by_sample = loss == "sample"
     return PackedBatch(
-        tiles=torch.cat(tiles) if tiles else torch.zeros(1, 3, px, px, dtype=torch.uint8),
-        rows=torch.from_numpy(rows),
-        source=torch.from_numpy(source),
+        tiles=torch.cat(tiles) if has_tiles else torch.zeros(1, 3, px, px, dtype=torch.uint8),
+        rows=torch.from_numpy(tables.rows),
+        source=torch.from_numpy(tables.source),
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
@@ -141,8 +170,11 @@ def pack(
         num_padding=sum(lengths) - sum(len(sample.ids) for sample in samples),
         max_seqlen=max(lengths),
         num_images=len(tiles),
-        has_dummy=not tiles,
+        has_dummy=not has_tiles,
         names=tuple(sample.name for sample in samples),
+        features=torch.cat(known) if known else None,
+        num_cached=len(known),
+        fresh=tables.fresh,
     )
 
 
@@ -177,35 +209,71 @@ def _next_labels(sample: Sample) -> np.ndarray:
     return np.append(np.asarray(sample.labels[1:], dtype=np.int64), IGNORE)
 
 
-def _tables(
-    samples: Sequence[Sample], ids: np.ndarray, config: LlavaHDConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Kept feature rows `[R]` among all tiles' rows, and the source of every place `[T]`."""
+@dataclass(frozen=True)
+class _Tables:
+    """rows `[R]` and source `[T]` of a PackedBatch, and its fresh rows."""
+
+    rows: np.ndarray
+    source: np.ndarray
+    fresh: tuple[FreshRows, ...]
+
+
+def _tables(samples: Sequence[Sample], ids: np.ndarray, config: LlavaHDConfig) -> _Tables:
+    """Kept feature rows among all tiles' rows, cached ones behind them, and the source of every
+    place."""
     rows: list[np.ndarray] = []
     visual: list[np.ndarray] = []
+    fresh: list[FreshRows] = []
+    per_tile = config.hd.patches_per_tile
     first_row, kept = 0, 0
+    first_cached = per_tile * max(1, sum(len(t) for sample in samples for t in sample.tiles))
     for sample in samples:
-        planned = sum(plan.num_tokens for plan in sample.plans)
-        holders = sum(1 for token in sample.ids if token == config.image_token_id)
-        cut = sum(len(tiles) for tiles in sample.tiles), sum(p.num_tiles for p in sample.plans)
-        if holders != planned or cut[0] != cut[1] or len(sample.plans) != len(sample.tiles):
-            raise ValueError(
-                f"{sample.name}: {holders} image placeholders for {planned} visual tokens, "
-                f"{cut[0]} tiles for {cut[1]} planned"
-            )
-        for plan in sample.plans:
-            if not plan.config.reads_like(config.hd):
-                raise ValueError(f"{sample.name}: planned for another geometry, {plan.config}")
+        _check(sample, config)
+        for image, plan in enumerate(sample.plans):
             table = visual_source(plan)
             is_row = table != ROW_END
-            rows.append(table[is_row] + first_row)
+            count = int(is_row.sum())
+            if sample.known(image) is not None:
+                rows.append(first_cached + np.arange(count))
+                first_cached += count
+            else:
+                rows.append(table[is_row] + first_row)
+                first_row += plan.num_tiles * per_tile
+                if sample.keys and sample.keys[image]:
+                    fresh.append(FreshRows(sample.keys[image], kept, kept + count))
             numbered = np.full(len(table), ROW_END, dtype=np.int64)
-            numbered[is_row] = kept + np.arange(is_row.sum())
+            numbered[is_row] = kept + np.arange(count)
             visual.append(numbered)
-            first_row += plan.num_tiles * plan.config.patches_per_tile
-            kept += int(is_row.sum())
+            kept += count
     source = np.full(len(ids), TEXT, dtype=np.int64)
-    if visual:
-        source[ids == config.image_token_id] = np.concatenate(visual)
-        return np.concatenate(rows), source
-    return np.zeros(1, dtype=np.int64), source
+    if not visual:
+        return _Tables(np.zeros(1, dtype=np.int64), source, ())
+    source[ids == config.image_token_id] = np.concatenate(visual)
+    return _Tables(np.concatenate(rows), source, tuple(fresh))
+
+
+def _check(sample: Sample, config: LlavaHDConfig) -> None:
+    """ValueError where placeholders, plans, tiles and features of a sample do not fit."""
+    planned = sum(plan.num_tokens for plan in sample.plans)
+    holders = sum(1 for token in sample.ids if token == config.image_token_id)
+    wanted = [
+        plan.num_tiles if sample.known(image) is None else 0
+        for image, plan in enumerate(sample.plans)
+    ]
+    cut = sum(len(tiles) for tiles in sample.tiles)
+    if holders != planned or cut != sum(wanted) or len(sample.plans) != len(sample.tiles):
+        raise ValueError(
+            f"{sample.name}: {holders} image placeholders for {planned} visual tokens, "
+            f"{cut} tiles for {sum(wanted)} planned"
+        )
+    for image, plan in enumerate(sample.plans):
+        if not plan.config.reads_like(config.hd):
+            raise ValueError(f"{sample.name}: planned for another geometry, {plan.config}")
+        known = sample.known(image)
+        if known is not None and len(known) != num_rows(plan):
+            raise ValueError(f"{sample.name}: {len(known)} rows for {num_rows(plan)} planned")
+
+
+def num_rows(plan: TilePlan) -> int:
+    """Feature rows of an image that are kept: its visual tokens but for the row-ends."""
+    return int((visual_source(plan) != ROW_END).sum())

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..hd.image import image_size, load_image
 from ..hd.limits import NO_LIMITS, ResolutionLimits, limited
 from ..hd.plan import TilePlan, plan_image
-from ..hd.tiler import tile_image
+from ..hd.tiler import Resizer, pillow_resizer, tile_image
 from .config import LlavaHDConfig
 from .foreign import read_config
 from .packing import Sample
@@ -59,18 +59,27 @@ def with_bos(tokenizer: Any) -> Any:
 
 @dataclass(frozen=True)
 class Cut:
-    """An image ready for the model: its plan, and its tiles uint8 `[n 3 px px]`."""
+    """An image ready for the model: its plan, and its tiles uint8 `[n 3 px px]`.
+
+    features, key, fault: of a cache, see model/packing.py's Sample.
+    """
 
     plan: TilePlan
     tiles: torch.Tensor
+    features: torch.Tensor | None = None
+    key: str = ""
+    fault: str | None = None
 
 
 class Processor:
     """Plans and cuts images, writes prompts; the same in training, evaluation and chat."""
 
-    def __init__(self, tokenizer: Any, config: LlavaHDConfig) -> None:
+    def __init__(
+        self, tokenizer: Any, config: LlavaHDConfig, resizer: Resizer = pillow_resizer
+    ) -> None:
         self.tokenizer = tokenizer
         self.config = config
+        self.resizer = resizer
 
     @classmethod
     def from_pretrained(cls, path: str | Path, limits: ResolutionLimits = NO_LIMITS) -> Processor:
@@ -95,18 +104,18 @@ class Processor:
     def cut(self, image: Image) -> Cut:
         """The plan of an RGB image and its tiles."""
         plan = plan_image(image_size(image), self.config.hd)
-        return Cut(plan, tile_image(image, plan))
+        return Cut(plan, tile_image(image, plan, self.resizer))
 
     def conversation(
         self,
         turns: Sequence[Turn],
-        images: Sequence[Image],
+        images: Sequence[Image | Cut],
         max_length: int | None = None,
         template: str | None = None,
         name: str = "",
     ) -> Sample:
         """A training sample; raises SampleError (model/prompt.py)."""
-        cuts = [self.cut(image) for image in images]
+        cuts = [image if isinstance(image, Cut) else self.cut(image) for image in images]
         encoded = encode_conversation(
             self.tokenizer,
             turns,
@@ -116,7 +125,9 @@ class Processor:
             max_length,
         )
         plans, tiles = tuple(cut.plan for cut in cuts), tuple(cut.tiles for cut in cuts)
-        return Sample(encoded.ids, encoded.labels, plans, tiles, name)
+        features, keys = tuple(cut.features for cut in cuts), tuple(cut.key for cut in cuts)
+        faults = tuple(cut.fault for cut in cuts if cut.fault is not None)
+        return Sample(encoded.ids, encoded.labels, plans, tiles, name, features, keys, faults)
 
     def question(self, text: str, images: Sequence[Image | Cut] = (), name: str = "") -> Sample:
         """A prompt that waits for its answer; image tags are put in front where there are none.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from importlib.metadata import version
+
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from ..hd.errors import UsageError
 from ..hd.tiler import normalise
+from .projector import rows_with_cls
 
 
 class VisionTower(nn.Module):
@@ -70,3 +75,34 @@ class VisionTower(nn.Module):
         for layer in layers[frozen:]:
             hidden = layer(hidden, attention_mask=None)
         return hidden
+
+    def digest(self) -> str:
+        """Hex digest of all that a tile's features depend on: the weights that are read, their
+        type, how they are computed, and the versions of who computes them. Before ZeRO-3."""
+        about = {
+            "config": self.clip.config.to_dict(),
+            "attention": self.clip.config._attn_implementation,
+            "layers": self.num_layers,
+            "versions": {name: version(name) for name in ("pillow", "torch", "transformers")},
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+        layers = self.clip.encoder.layers[: self.num_layers]
+        for part in (self.clip.embeddings, self.clip.pre_layrnorm, layers):
+            for name, tensor in part.state_dict().items():
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+                data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+                digest.update(data.numpy().data)
+        return digest.hexdigest()
+
+
+def with_cached(features: Tensor, cached: Tensor) -> Tensor:
+    """The features `[N P+1 D]` of tiles and rows `[C D]` of a cache as those of one tile of N·P + C
+    patches, `[1 1+N·P+C D]`, for the same projector."""
+    rows = [features[0, :1], features[:, 1:].flatten(0, 1), cached.to(features.dtype)]
+    return torch.cat(rows)[None]
+
+
+def kept_rows(features: Tensor, rows: Tensor) -> Tensor:
+    """Rows int64 `[r]`, numbered as in a pack, of the features of `LlavaHD.features` -> `[r D]`."""
+    flat, rows = rows_with_cls(features, rows)
+    return flat.index_select(0, rows)

@@ -23,11 +23,13 @@ ARROWS = {
 DOORS = {
     "triton": {"kernels", "bench"},
     "PIL": {"hd"},
+    "numba": {"hd/resample.py"},
     "transformers": {"model"},
     "tokenizers": {"model"},
     "huggingface_hub": {"model"},
     "safetensors": {"model", "train/zero_state.py"},
     "peft": {"model"},
+    "liger_kernel": {"model/fused.py"},
     "bitsandbytes": {"model"},
     "deepspeed": {"train"},
     "pyarrow": {"train/sources_parquet.py"},

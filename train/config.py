@@ -55,7 +55,9 @@ class TrainConfig:
     max_steps: int | None = setting(None, "number of steps, instead of epochs")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of weights and activations in the model")
     gradient_clipping: float = setting(0.0, "largest gradient norm; 0.0 is off, as in LLaVA-1.5")
-    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
+    gradient_checkpointing: bool | Literal["auto"] = setting(
+        False, "recompute activations: less memory, more time; auto: only if memory needs it"
+    )
     max_length: int = setting(2048, "tokens of a sample; text behind is cut, visual tokens never")
     loss: Literal["token", "sample"] = setting(
         "token", "mean over the step's label tokens, or over its samples' own means"
@@ -100,6 +102,16 @@ class TrainConfig:
         ):
             if value is not None and not self.train_vision:
                 raise UsageError(f"{name} needs train_vision; set it, or leave {name} out")
+        if self.model.compile and self.zero.stage == 3:
+            raise UsageError(
+                "model.compile needs zero.stage 2; stage 3 fetches weights inside of each layer, "
+                "which cannot be compiled as one"
+            )
+        if self.train_vision and self.data.feature_cache is not None:
+            raise UsageError(
+                "data.feature_cache keeps what a frozen tower says, and train_vision changes the "
+                "tower; leave one of them out"
+            )
         if self.lora is None:
             return
         if self.stage == "pretrain":
@@ -155,10 +167,15 @@ FREE_TO_CHANGE = frozenset(
         "timeout_minutes",
         "nonfinite_limit",
         "data.num_workers",
+        "data.resizing",
+        "data.feature_cache",
+        "data.feature_cache_gib",
         "data.bad_sample_limit",
         *(f"zero.{item.name}" for item in fields(ZeroConfig)),
         "data.images",
         "model.attention",
+        "model.fused",
+        "model.compile",
     }
 )
 

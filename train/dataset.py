@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 from ..hd.errors import DataError
+from ..hd.tiler import find_resizer
 from ..model.packing import Loss, PackedBatch, Sample, pack
-from ..model.processor import Processor
+from ..model.processor import Cut, Processor
 from .bad_samples import BadSample
 from .batches import PassSampler
 from .config import TrainConfig
+from .feature_cache import FeatureCache
 from .lengths import quiet_worker
 from .record import Record, without_images
 from .sources import RecordSet
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 class RecordReader:
     """Record -> Sample: the same loader and processor as in evaluation and chat.
 
-    records: of data files; or a plain list, whose images are files below `images`.
+    records: of data files; or a plain list, whose images are files below `images`. cache: of the
+    tower's features, if one is kept.
     """
 
     records: RecordSet | Sequence[Record]
@@ -36,15 +39,23 @@ class RecordReader:
     processor: Processor
     template: str | None
     max_length: int
+    cache: FeatureCache | None = None
 
     def __call__(self, index: int) -> Sample:
         """The sample of a record. DataError names file, record, image or field, and remedy."""
         record = self.records[index]
         try:
-            pictures = [open_image(self._place(record, k)) for k in range(len(record.images))]
+            pictures = [self._picture(self._place(record, k)) for k in range(len(record.images))]
             return self._sample(record, pictures)
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from error
+
+    def _picture(self, place: ImagePlace) -> Image | Cut:
+        if self.cache is None:
+            return open_image(place)
+        source = place.load()
+        name = place.name if isinstance(source, bytes) else str(source)
+        return self.cache.cut(source, name, self.processor)
 
     def _place(self, record: Record, number: int) -> ImagePlace:
         if isinstance(self.records, RecordSet):
@@ -58,7 +69,7 @@ class RecordReader:
             raise DataError(f"{record.where}: without its image a question is empty")
         return self._sample(record, [])
 
-    def _sample(self, record: Record, pictures: Sequence[Image]) -> Sample:
+    def _sample(self, record: Record, pictures: Sequence[Image | Cut]) -> Sample:
         return self.processor.conversation(
             record.turns,
             pictures,
@@ -70,10 +81,12 @@ class RecordReader:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward of a rank: its pack, and the samples that are not in it as they should be."""
+    """One forward of a rank: its pack, the samples that are not in it as they should be, and what
+    was wrong with entries of the feature cache."""
 
     batch: PackedBatch
     bad: tuple[BadSample, ...] = ()
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,9 @@ class Passes(Dataset):
                 text = self._text(index) if self.bad_samples == "text_only" else None
                 good += [] if text is None else [text]
                 bad.append(BadSample(index, str(error), kept_text=text is not None))
-        return Pass(pack(good, self.processor.config, self.loss, self.padded), tuple(bad))
+        damaged = tuple(fault for sample in good for fault in sample.faults)
+        batch = pack(good, self.processor.config, self.loss, self.padded)
+        return Pass(batch, tuple(bad), damaged)
 
     def _text(self, index: int) -> Sample | None:
         """What is left of a sample without its images; None where the record itself is bad."""
@@ -129,14 +144,23 @@ class Passes(Dataset):
             return None  # counted as left out
 
 
-def run_passes(config: TrainConfig, records: RecordSet, processor: Processor) -> Passes:
-    """The passes of a run, as its configuration wants them."""
+def run_passes(
+    config: TrainConfig,
+    records: RecordSet,
+    processor: Processor,
+    cache: FeatureCache | None = None,
+) -> Passes:
+    """The passes of a run, as its configuration wants them. UsageError for a resizer that is not
+    installed."""
+    resizer, _ = find_resizer(config.data.resizing)
+    processor = Processor(processor.tokenizer, processor.config, resizer)
     reader = RecordReader(
         records=records,
         images=Path(config.data.images) if config.data.images else None,
         processor=processor,
         template=config.sample_template,
         max_length=config.max_length,
+        cache=cache,
     )
     return Passes(
         reader,

@@ -173,7 +173,7 @@ def step_operations(
     """Of a mean step, over all ranks."""
     work = Work.of_samples(samples.total, samples.visual, samples.tiles)
     work = work * (samples_per_step / max(1, len(samples)))
-    return count_operations(run.model, work, config.gradient_checkpointing)
+    return count_operations(run.model, work, config.gradient_checkpointing is True)
 
 
 def _speed(question: Question) -> Speed | None:
@@ -195,7 +195,7 @@ def _fit(config: TrainConfig, memory: Memory, memory_gib: float | None) -> Fit |
     else:
         verdict = "fits"
     remedy = REMEDIES[memory.largest_part]
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing is True:
         remedy = remedy.removeprefix(CHECKPOINTING)
     return Fit(verdict, spare, memory.largest_part, remedy)
 

@@ -98,7 +98,7 @@ def outline_run(config: TrainConfig) -> Outline:
     if config.lora is not None:
         _add_adapters(model, config.lora, config, dtype)
     freeze(model, config.stage, config.train_vision, config.vision_layers)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing is True:  # auto: as if there were enough memory
         model.checkpoint_gradients()
     model.train()
 

@@ -176,8 +176,8 @@ def largest_image(hd: HDConfig) -> tuple[int, int]:
 
 
 def pack_budget(config: TrainConfig, samples: Samples, samples_per_step: int) -> int:
-    """Tokens of a pack (batching packs)."""
-    if config.data.pack_tokens is not None:
+    """Tokens of a pack (batching packs); `auto`, which asks a machine, counts as the default."""
+    if isinstance(config.data.pack_tokens, int):
         return config.data.pack_tokens
     return default_pack_tokens(samples.total, config.per_device_batch_size, samples_per_step)
 

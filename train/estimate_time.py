@@ -178,7 +178,7 @@ def measured_speed(folder: Path) -> Speed:
             rows=step.images * model.config.hd.patches_per_tile,
             labels=step.label_tokens,
         )
-        done = count_operations(model, work, config.gradient_checkpointing).total
+        done = count_operations(model, work, config.gradient_checkpointing is True).total
         speeds.append(done / step.seconds / state.world_size / 1e12)
     return Speed(median(speeds), f"measured: {len(steps)} steps of {folder}")
 

@@ -26,6 +26,7 @@ from .batches import BatchOrder, PassSampler
 from .checkpoint import SaveFailed, drop_oldest, save_checkpoint
 from .checkpoint_state import TrainerState
 from .dataset import Pass, read_passes, run_passes
+from .feature_cache import CacheWriter
 from .metrics import MetricsWriter, StepCounts, StepMetrics
 from .nonfinite import NonFiniteSteps
 from .optimizer import LearningRates
@@ -70,6 +71,7 @@ class Loop:
     listener: Listener
     stop: StopRequest
     lock: OutputLock
+    cache: CacheWriter | None = None
 
     def __post_init__(self) -> None:
         config, state = self.job.config, self.job.state
@@ -79,7 +81,9 @@ class Loop:
             self.output_dir, len(self.job.records), config.data.bad_sample_limit, state.step
         )
         self.nonfinite = NonFiniteSteps(config, self.world, state.skipped_in_a_row)
-        self.skipped = 0
+        self.skipped = self.damaged = 0
+        # Of all ranks: entries and bytes that the cache was given, ranks that stopped giving.
+        self.stored: tuple[int, ...] = (0, 0, 0)
         self.log_failed = False
 
     def run(self) -> None:
@@ -105,6 +109,10 @@ class Loop:
                     every = self.job.config.save_steps
                     if every and metrics.step % every == 0 and not is_last:
                         self._save_or_warn(metrics.step)
+        if self.cache is not None:
+            mine = [self.cache.entries, self.cache.size, self.cache.stopped]
+            total = all_sum(torch.tensor(mine, dtype=torch.float64).to(self.world.device))
+            self.stored = tuple(int(number) for number in total.tolist())
 
     def _step(self, step: int, data: StepData, began: float) -> StepMetrics:
         """Forward and backward of this rank's passes, and the update that all ranks make."""
@@ -125,6 +133,8 @@ class Loop:
             share = world.size / data.counts.loss_units
             engine.backward(output.loss_sum * share, scale_wrt_gas=False)
             losses.append(output.loss_sum.detach().double())
+            if self.cache is not None:
+                self.cache.store(batch, output.features)
             engine.step()
         loss = float(all_sum(torch.stack(losses).sum())) / data.counts.loss_units
         locals_ = [float(value) for value in losses]
@@ -158,6 +168,7 @@ class Loop:
             images_per_second=counts.images / seconds,
             padding=counts.padding_share,
             pack_fill=counts.fill(self.order.pack_tokens),
+            cached_images=counts.cached_images,
         )
 
     def _read(self, step: int) -> StepData:
@@ -175,15 +186,22 @@ class Loop:
             fault = error
         counts = StepCounts.of(one.batch for one in read)
         bad = tuple(sample for one in read for sample in one.bad)
-        flags = [fault is not None, self.stop.signal is not None, len(bad)]
+        damaged = tuple(line for one in read for line in one.damaged)
+        flags = [fault is not None, self.stop.signal is not None, len(bad), len(damaged)]
         numbers = torch.tensor([*counts.values(), *flags], dtype=torch.float64)
-        *summed, faults, stops, bad_ones = all_sum(numbers.to(self.world.device)).tolist()
+        *summed, faults, stops, bad_ones, damages = all_sum(numbers.to(self.world.device)).tolist()
         if bad_ones:
             bad = tuple(sample for each in gather_objects(bad) for sample in each)
         if fault is not None:
             raise fault
         if faults:
             raise StoppedByPeer(DataError)
+        if damages:
+            lines = [line for each in gather_objects(damaged) for line in each]
+            self.damaged += len(lines)
+            self.listener.say(
+                f"step {step + 1}: feature cache, {len(lines)} entries made again: {lines[0]}"
+            )
         if bad:
             self._note_bad(step, bad)
         total = StepCounts(*(int(value) for value in summed))
@@ -258,7 +276,8 @@ class Loop:
 
     def _open_passes(self) -> Iterator[Pass]:
         job, config = self.job, self.job.config
-        passes = run_passes(config, job.records, self.processor)
+        cache = None if self.cache is None else self.cache.cache
+        passes = run_passes(config, job.records, self.processor, cache)
         sampler = PassSampler(
             self.order, self.world.rank, self.world.size, job.state.step, job.state.num_steps
         )

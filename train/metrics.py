@@ -23,7 +23,7 @@ class StepCounts:
 
     tokens: of samples, without padding. padding: tokens that belong to no sample, those of dummy
     packs included. packs: with samples in them. loss_units: what the summed loss is divided by.
-    images: tiles of images.
+    images: of the samples. cached_images: those among them whose features the cache had.
     """
 
     samples: int = 0
@@ -33,6 +33,7 @@ class StepCounts:
     label_tokens: int = 0
     loss_units: int = 0
     images: int = 0
+    cached_images: int = 0
 
     @classmethod
     def of(cls, batches: Iterable[PackedBatch]) -> StepCounts:
@@ -47,6 +48,7 @@ class StepCounts:
                 label_tokens=batch.num_label_tokens,
                 loss_units=batch.loss_units,
                 images=batch.num_images,
+                cached_images=batch.num_cached,
             )
         return total
 
@@ -77,7 +79,8 @@ class StepMetrics:
     clipping. tokens, images: of the step's samples, so useful ones, padding not counted. seconds:
     from asking for its samples to its update, without saving; both are given per second of that.
     padding: share of the computed tokens that belong to no sample. pack_fill: useful tokens in
-    packs by their limit, null where they have none.
+    packs by their limit, null where they have none. cached_images: those that the feature cache
+    had, so that they were neither decoded nor encoded.
     """
 
     step: int
@@ -94,6 +97,7 @@ class StepMetrics:
     images_per_second: float
     padding: float = 0.0
     pack_fill: float | None = None
+    cached_images: int = 0
 
 
 class MetricsWriter:

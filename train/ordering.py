@@ -43,8 +43,12 @@ def run_order(
         lengths = np.zeros(len(records), dtype=np.int32) if measured is None else measured.total
         pack_tokens = 1
     if batching == "packs" and measured is not None:
-        pack_tokens = config.data.pack_tokens or default_pack_tokens(
-            measured.total, config.per_device_batch_size, samples_per_step
+        given = config.data.pack_tokens
+        # `auto` has become a number where a run trains (fitting.py).
+        pack_tokens = (
+            given
+            if isinstance(given, int)
+            else default_pack_tokens(measured.total, config.per_device_batch_size, samples_per_step)
         )
     if batching == "modality":
         has_image = np.array([records.has_image(i) for i in range(len(records))])

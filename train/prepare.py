@@ -6,11 +6,15 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ..hd.errors import UsageError
 from ..hd.limits import beyond_training, limited
+from ..hd.tiler import find_resizer
 from ..model.attention import implementation
 from ..model.config import LlavaHDConfig, read_config_json
 from ..model.foreign import read_config
+from ..model.fused import check_liger
 from ..model.prompt import get_template
 from .checkpoint_state import (
     STATE_FILE,
@@ -65,9 +69,14 @@ def prepare(config: TrainConfig, world_size: int, checkpoint: Path | None) -> Jo
     """
     check_model_source(config.model)
     check_lora(config)
+    if config.model.fused == "liger":
+        check_liger("cuda" if torch.cuda.is_available() else "cpu")
     if config.sample_template is not None:
         get_template(config.sample_template)
+    find_resizer(config.data.resizing)
     _check_output_dir(config)
+    if config.data.feature_cache is not None:
+        _check_writable("data.feature_cache", Path(config.data.feature_cache))
     tolerant = config.data.bad_samples != "error"
     records = open_records(config.data.paths, config.data.images or None, tolerant)
     num_images = None if tolerant else check_images(records)
@@ -149,12 +158,7 @@ def resolution_words(source: ModelSource) -> str | None:
 def _check_output_dir(config: TrainConfig) -> None:
     """A run begins in an empty folder, or goes on in its own."""
     folder = Path(config.output_dir)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        of = "" if nearest == folder else f" (in {folder})"
-        raise UsageError(f"output_dir {nearest}{of} is a file; give a new folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"output_dir {folder}: {nearest} cannot be written; give another folder")
+    _check_writable("output_dir", folder)
     if is_fresh(folder):
         return
     if config.resume == "none":
@@ -165,6 +169,16 @@ def _check_output_dir(config: TrainConfig) -> None:
         raise UsageError(
             f"output_dir {folder} is not empty and holds no run ({CONFIG_FILE}); give a new folder"
         )
+
+
+def _check_writable(field: str, folder: Path) -> None:
+    """UsageError where a folder could not be made or written."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        of = "" if nearest == folder else f" (in {folder})"
+        raise UsageError(f"{field} {nearest}{of} is a file; give a new folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{field} {folder}: {nearest} cannot be written; give another folder")
 
 
 def is_fresh(folder: Path) -> bool:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
-from .zero import World, join_world, start_engine
+from .zero import World, gather_objects, join_world, start_engine
 
 # isort: split
 # (zero.py comes first: it tells DeepSpeed the accelerator before transformers starts it.)
+from ..hd.tiler import find_resizer
 from ..model.assemble import assemble
+from ..model.fused import compile_layers, fuse_layers
 from ..model.llava_hd import LlavaHD
 from ..model.processor import Processor
 from .batches import BatchOrder
@@ -28,6 +30,8 @@ from .checkpoint import (
 )
 from .checkpoint_state import read_state, write_state
 from .config import TrainConfig, part_folder
+from .feature_cache import GIB, CacheWriter, FeatureCache
+from .fitting import fit_to_memory, is_left_open, rank_memory
 from .loop import Listener, Loop
 from .lora import start_adapter
 from .manifest import MANIFEST_FILE
@@ -57,12 +61,27 @@ class Silence:
 
 
 @dataclass(frozen=True)
+class CacheUse:
+    """What a feature cache did. images: of the logged steps; read: those among them that it had.
+    stored, stored_bytes: entries that all ranks added since this start; stopped: ranks that stopped
+    adding; damaged: entries made again."""
+
+    images: int
+    read: int
+    stored: int
+    stored_bytes: int
+    stopped: int
+    damaged: int
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """What a run left: its folder, its steps (with those done before a resumption), last loss.
 
     tokens_per_second: useful ones, of the logged steps. padding: share of all computed tokens.
     pack_fill: of packs, on average; None for other batches. skipped: steps that left the weights as
-    they were since this start; bad_samples: left out or kept as text in the whole run.
+    they were since this start; bad_samples: left out or kept as text in the whole run. cache: what
+    the feature cache did in the logged steps, None without one.
     """
 
     output_dir: Path
@@ -74,6 +93,7 @@ class TrainResult:
     pack_fill: float | None
     skipped: int = 0
     bad_samples: int = 0
+    cache: CacheUse | None = None
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> TrainResult:
@@ -145,16 +165,19 @@ def start_loop(
 ) -> Loop:
     """Everything that the steps need: the model, sharded, where the run begins or goes on."""
     config = job.config
+    _, resizer_name = find_resizer(config.data.resizing)
     listener.say(f"{job.data_words}; loading the model")
     model, processor = on_all(world, lambda: build_model(config, job.checkpoint))
     told = resolution_words(config.model)
     if told is not None:
         listener.say(told)
-    order = _order(job, processor, world, listener)
+    order, checkpointing = _order(job, processor, world, listener)
     freeze(model, config.stage, config.train_vision, config.vision_layers)
-    listener.say(trained_words(model))
-    if config.gradient_checkpointing:
+    listener.say(f"{trained_words(model)}; images are resized by {resizer_name}")
+    if checkpointing:
         model.checkpoint_gradients()
+    cache = open_cache(config, model, world, listener)
+    _speed_up(model, config, listener)
     optimizer = build_optimizer(model, config.optimizer)
     engine = start_engine(model.train(), optimizer, config, world)
     rates = LearningRates(engine.optimizer, config.optimizer)
@@ -163,15 +186,59 @@ def start_loop(
         of = job.state.world_size
         ranks = "" if of == world.size else f" (written by {of} ranks, now there are {world.size})"
         listener.say(f"going on from {job.checkpoint}, step {job.state.step}{ranks}")
-    return Loop(job, order, engine, rates, processor, world, listener, stop, lock)
+    return Loop(job, order, engine, rates, processor, world, listener, stop, lock, cache)
 
 
-def _order(job: Job, processor: Processor, world: World, listener: Listener) -> BatchOrder:
-    """The data order. Where it needs lengths, rank 0 counts them and tells the other ranks."""
-    lengths = None
-    if job.config.data.batching in NEED_LENGTHS:
+def _speed_up(model: LlavaHD, config: TrainConfig, listener: Listener) -> None:
+    """Fused and compiled layers, where the recipe asks for them."""
+    causal_lm = model.language.causal_lm
+    if config.model.fused == "liger":
+        listener.say(f"{fuse_layers(causal_lm)} modules are Liger Kernel's")
+    if config.model.compile:
+        listener.say(f"{compile_layers(causal_lm)} layers are compiled when they are first run")
+
+
+def open_cache(
+    config: TrainConfig, model: LlavaHD, world: World, listener: Listener
+) -> CacheWriter | None:
+    """The cache of the tower's features, if the run keeps one; a collective. Rank 0 counts what
+    the folder holds, and the ranks share what the limit leaves."""
+    if config.data.feature_cache is None:
+        return None
+    cache = FeatureCache.of(Path(config.data.feature_cache), model.vision, world.device)
+    entries, size = on_main(world, cache.held)
+    limit = config.data.feature_cache_gib
+    room = None if limit is None else max(0, int(limit * GIB) - size) // world.size
+    of = "no limit" if limit is None else f"limit {limit:g} GiB"
+    listener.say(f"feature cache {cache.folder}: {entries:,} entries, {size / GIB:.2f} GiB, {of}")
+    return CacheWriter(cache, room, listener.say)
+
+
+def _order(
+    job: Job, processor: Processor, world: World, listener: Listener
+) -> tuple[BatchOrder, bool]:
+    """The data order, and whether activations are recomputed. Rank 0 counts the lengths that the
+    order needs, chooses what the recipe leaves to the memory, and tells the other ranks."""
+    config, lengths = job.config, None
+    if config.data.batching in NEED_LENGTHS:
         lengths = on_main(world, lambda: checked_lengths(job, processor, listener.say))
-    return run_order(job.config, job.records, job.state.samples_per_step, lengths)
+    checkpointing = config.gradient_checkpointing is True
+    if is_left_open(config):
+        memory = min(gather_objects(rank_memory(world.device, world.size)))
+        longest = 1 if lengths is None else int(lengths.total.max())
+        fitted = on_main(
+            world,
+            lambda: fit_to_memory(
+                config, processor, job.records, longest, job.state.samples_per_step, world.size,
+                memory, world.device.type == "cuda",
+            ),
+        )  # fmt: skip
+        listener.say(fitted.words)
+        checkpointing = fitted.checkpointing
+        if fitted.pack_tokens is not None:
+            config = replace(config, data=replace(config.data, pack_tokens=fitted.pack_tokens))
+    order = run_order(config, job.records, job.state.samples_per_step, lengths)
+    return order, checkpointing
 
 
 def build_model(config: TrainConfig, checkpoint: Path | None) -> tuple[LlavaHD, Processor]:
@@ -248,4 +315,18 @@ def _result(job: Job, start: float, loop: Loop | None = None) -> TrainResult:
         pack_fill=sum(fills) / len(fills) if fills else None,
         skipped=loop.skipped if loop else 0,
         bad_samples=len(loop.bad_samples.seen) if loop else 0,
+        cache=_cache_use(metrics, loop),
+    )
+
+
+def _cache_use(metrics: list[StepMetrics], loop: Loop | None) -> CacheUse | None:
+    if loop is None or loop.cache is None:
+        return None
+    return CacheUse(
+        images=sum(m.images for m in metrics),
+        read=sum(m.cached_images for m in metrics),
+        stored=loop.stored[0],
+        stored_bytes=loop.stored[1],
+        stopped=loop.stored[2],
+        damaged=loop.damaged,
     )

@@ -51,6 +51,10 @@ class ModelSource:
     vision_layer: int = setting(-2, "which hidden state of the tower; -2 is the last but one")
     template: str = setting("vicuna_v1", "conversation template that the model is asked with")
     attention: str = setting("auto", "attention implementation")
+    fused: Literal["none", "liger"] = setting(
+        "none", "liger: norms, rotary positions and SwiGLU as Liger Kernel's (CUDA)"
+    )
+    compile: bool = setting(False, "compile the decoder layers; minutes at the start (not ZeRO-3)")
 
     def __post_init__(self) -> None:
         parts = [name for name in ("vision", "language") if getattr(self, name) is not None]
@@ -104,13 +108,22 @@ class DataConfig:
         "packs of at most pack_tokens; modality: with and without images apart, as LLaVA; padded "
         "to the longest of a pass; plain: so many samples laid end to end",
     )
-    pack_tokens: int | None = setting(
-        None, "tokens of a pack (batching packs); per_device_batch_size mean samples by default"
+    pack_tokens: int | Literal["auto"] | None = setting(
+        None,
+        "tokens of a pack (batching packs); per_device_batch_size mean samples by default; auto: "
+        "as many as the memory holds",
     )
     bad_samples: Literal["error", "skip", "text_only"] = setting(
         "error", "an unreadable one: stop, leave it out, or keep its text without the image"
     )
     bad_sample_limit: float = setting(0.001, "share of the data that may be bad before it stops")
+    resizing: Literal["auto", "pillow", "numba"] = setting(
+        "auto", "what resizes images, all to the same bytes; auto: numba where it is installed"
+    )
+    feature_cache: str | None = setting(
+        None, "folder that keeps a frozen tower's features of each image, for later runs"
+    )
+    feature_cache_gib: float | None = setting(None, "size up to which that folder is filled")
     num_workers: int = setting(4, "loader processes of each rank; 0 loads in the rank itself")
 
     def __post_init__(self) -> None:
@@ -119,8 +132,18 @@ class DataConfig:
         if not self.images and not all(path.endswith(INSIDE) for path in self.paths):
             raise UsageError("data.images is missing; give the root folder of the images")
         at_least("data.num_workers", self.num_workers, 0)
-        if self.pack_tokens is not None:
+        if self.feature_cache == "":
+            raise UsageError("data.feature_cache is empty; give a folder, or leave it out")
+        if self.feature_cache_gib is not None:
+            positive("data.feature_cache_gib", self.feature_cache_gib)
+            if self.feature_cache is None:
+                raise UsageError("data.feature_cache_gib needs data.feature_cache; give its folder")
+        if isinstance(self.pack_tokens, int):
             at_least("data.pack_tokens", self.pack_tokens, 1)
+        elif self.pack_tokens == "auto" and self.batching != "packs":
+            raise UsageError(
+                f"data.pack_tokens auto needs data.batching packs, not {self.batching}"
+            )
         if not 0 <= self.bad_sample_limit <= 1:
             raise UsageError(f"data.bad_sample_limit must lie in 0..1, not {self.bad_sample_limit}")
 
