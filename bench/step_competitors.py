@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ..kernels.backend import choose
 from ..kernels.gelu_mlp import gelu_mlp_torch
 from ..kernels.place_rows import place_rows_torch
+from ..model.fused import apply_published_liger, compile_layers, fuse_layers, liger_refusal
 from ..model.llava_hd import LlavaHD
 from ..model.processor import Processor
 from ..model.projector import MLPProjector, rows_with_cls
-from ..model.rival_training import RivalCollator, apply_liger, liger_refusal, load_trainee
+from ..model.rival_training import RivalCollator, load_trainee
 from ..train.batches import PassSampler
 from ..train.dataset import read_passes
 from ..train.optimizer import freeze
@@ -47,8 +48,8 @@ class Runner:
 def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a competitor cannot take part here; None when it can."""
     if name.endswith("-liger"):
-        return liger_refusal(device)
-    if name == "no-fused-norms":
+        return liger_refusal(device.type)
+    if name == "no-fused-norms" and liger_refusal(device.type) is not None:
         return "transformers' norms, rope and SwiGLU are what ours runs here too"
     if name == "no-fused-projector" and choose("gelu_mlp", device, dtype, ROUND_TO).table is None:
         return "torch's projector is what ours runs here too"
@@ -74,7 +75,7 @@ def _theirs(name: str, request: Request, stage: int, folder: Path, data: StepDat
     loader = rival_loader(data, request, collator)
     model = load_trainee(folder, stage, dtype, device, checkpointing=name.endswith("checkpointing"))
     if name.endswith("-liger"):
-        apply_liger(model)
+        apply_published_liger(model.model.language_model)
     count = request.step_samples // request.batch
     steps = _grouped(loader, (count for _ in range(request.num_steps)), device, lambda made: made)
     attention = str(model.config.text_config._attn_implementation)
@@ -98,13 +99,17 @@ def _ours(name: str, request: Request, stage: int, folder: Path, data: StepData)
     model = LlavaHD.from_pretrained(folder, dtype, device, attention)
     freeze(model, STAGES[stage])
     model.train()
+    fused = name != "no-fused-norms" and liger_refusal(device.type) is None
+    if fused:
+        fuse_layers(model.language.causal_lm)
     change = MODEL_CHANGES.get(name)
     if change is not None:
         change(model)
     kind = PASSES.get(name, PackedPass)
     counts = (order.num_passes(step, 1) for step in range(request.num_steps))
     steps = _grouped(loader, counts, device, lambda made: kind(made.batch))
-    return Runner(model, adamw(model, stage), steps, {"attention": attention})
+    notes = {"attention": attention, "layers": "Liger's" if fused else "transformers'"}
+    return Runner(model, adamw(model, stage), steps, notes)
 
 
 def _grouped(
@@ -156,14 +161,8 @@ def _set_projector(kind: type[nn.Module]) -> Callable[[LlavaHD], None]:
     return change
 
 
-def _compile_layers(model: LlavaHD) -> None:
-    """The decoder's layers, each by itself, for packs of any length."""
-    for layer in model.language.causal_lm.get_decoder().layers:
-        layer.compile(dynamic=True)
-
-
-MODEL_CHANGES: dict[str, Callable[[LlavaHD], None]] = {
+MODEL_CHANGES: dict[str, Callable[[LlavaHD], object]] = {
     "no-kept-rows": _set_projector(EveryRowProjector),
     "no-fused-projector": _set_projector(TorchProjector),
-    "compile": _compile_layers,
+    "compile": lambda model: compile_layers(model.language.causal_lm),
 }

@@ -14,7 +14,7 @@ from ..hd.grid import suggest
 OURS, RIVAL = "ours", "llava_next"
 # Who takes part -> what it is.
 COMPETITORS = {
-    OURS: "packs, kept rows, one tower call, label rows, loader processes",
+    OURS: "packs, kept rows, one tower call, label rows, loader processes; on CUDA Liger layers",
     RIVAL: "transformers' LlavaNext: its processor, padded to the longest, sdpa, its own loss",
     f"{RIVAL}-checkpointing": "the same with gradient checkpointing",
     f"{RIVAL}-liger": "the same with liger-kernel's norms, rope, SwiGLU and cross entropy",

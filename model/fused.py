@@ -23,17 +23,30 @@ from ..hd.errors import UsageError
 LIBRARY = "liger_kernel"
 
 
+def liger_refusal(device_type: str) -> str | None:
+    """Why Liger's kernels cannot run; None where they can."""
+    if device_type != "cuda":
+        return "needs a CUDA GPU, its kernels are Triton's; on a CPU leave it out"
+    if importlib.util.find_spec(LIBRARY) is None:
+        return "liger-kernel is not installed; pip install 'llava-hd[gpu]', or leave it out"
+    return None
+
+
 def check_liger(device_type: str) -> None:
     """Raise UsageError where Liger's kernels cannot run."""
-    if device_type != "cuda":
-        raise UsageError(
-            "model.fused liger needs a CUDA GPU, its kernels are Triton's; on a CPU leave it out"
-        )
-    if importlib.util.find_spec(LIBRARY) is None:
-        raise UsageError(
-            "model.fused liger: liger-kernel is not installed; pip install 'llava-hd[gpu]', or "
-            "leave it out"
-        )
+    refusal = liger_refusal(device_type)
+    if refusal is not None:
+        raise UsageError(f"model.fused liger: {refusal}")
+
+
+def apply_published_liger(language_model: PreTrainedModel) -> None:
+    """Liger's own change of a Llama, for a rival: norms, rope, SwiGLU and cross entropy. It changes
+    transformers' modules for the whole process, as it does for its users."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(
+        cross_entropy=True, fused_linear_cross_entropy=False, model=language_model
+    )
 
 
 class FusedNorm(nn.Module):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,23 +48,6 @@ def load_trainee(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def liger_refusal(device: torch.device) -> str | None:
-    """Why liger-kernel cannot run here; None when it can."""
-    if find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return None if device.type == "cuda" else "liger-kernel's Triton kernels run on CUDA"
-
-
-def apply_liger(model: LlavaNextForConditionalGeneration) -> None:
-    """liger-kernel's norms, rope, SwiGLU and cross entropy for the language model. It changes
-    transformers' modules for the whole process, as it does for its users."""
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-    apply_liger_kernel_to_llama(
-        cross_entropy=True, fused_linear_cross_entropy=False, model=model.model.language_model
-    )
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def test_liger_is_refused_where_it_cannot_run(model, parts, tmp_path, monkeypatc
         config = tiny_config(
             data, parts, tmp_path / "o", stage="pretrain", model__fused="liger"
         )  # fmt: skip
-        with pytest.raises(UsageError, match=r"model\.fused liger needs a CUDA GPU"):
+        with pytest.raises(UsageError, match=r"model\.fused liger: needs a CUDA GPU"):
             train(config)
     model.language.causal_lm.config.hidden_act = "gelu"
     with pytest.raises(UsageError, match="not of llama with gelu"):
