@@ -129,8 +129,8 @@ class LlavaHDProcessor(ProcessorMixin):
             found = sum(1 for token in row if token == self.image_token_id)
             if found != one.visual:
                 raise SampleError(
-                    f"{found} of {one.visual} visual tokens are left of a text; raise max_length or "
-                    "use a preset with fewer tiles"
+                    f"{found} of {one.visual} visual tokens are left of a text; raise max_length "
+                    "or use a preset with fewer tiles"
                 )
         if return_tensors is not None:
             if len({len(row) for row in made["input_ids"]}) > 1:

@@ -99,7 +99,7 @@ def test_a_language_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
     for path in (parts / "language").glob("*token*"):
         path.unlink()
     with pytest.raises(
-        UsageError, match="has the tokenizer of model folder .* cannot be read"
+        UsageError, match=r"the tokenizer of model folder .* cannot be read"
     ) as error:
         build(parts)
     assert "\n" not in str(error.value)
