@@ -56,7 +56,7 @@ def test_another_chat_template_is_noted(
     (theirs / "chat_template.jinja").write_text(CHATML)
     assert main(["import", str(theirs), "--out", str(tmp_path / "ours")]) == 0
     said = capsys.readouterr().out
-    assert "note: the folder's chat template writes '<|im_start|>user" in said
+    assert "note: the folder's chat template writes" in said and "<|im_start|>user" in said
     assert "asked with vicuna_v1" in said
 
 
