@@ -39,7 +39,9 @@ def text_values(config: LlavaHDConfig, dtype: str) -> dict[str, Any]:
     text = {k: v for k, v in full.items() if k not in general}
     text |= {key: full[key] for key in END_TOKENS if full.get(key) is not None}
     rope = full.get("rope_parameters")
-    if rope:
+    if (
+        rope and "rope_theta" in rope
+    ):  # some kinds have one for each kind of layer, new readers alone
         text["rope_theta"] = rope["rope_theta"]
         scaled = rope.get("rope_type", "default") != "default"
         others = {k: v for k, v in rope.items() if k != "rope_theta"}
