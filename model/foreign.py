@@ -46,8 +46,8 @@ def read_config(folder: str | Path) -> LlavaHDConfig:
     readers = {"llava_next": _llava_next_geometry, "llava": _llava_geometry}
     if kind in PARTS:
         raise UsageError(
-            f"{folder} is a part alone ({kind}); llava-hd import puts parts together: "
-            "--vision DIR --language DIR --preset NAME --out DIR"
+            f"{folder}: model_type {kind!r} cannot be read as a whole model; llava-hd import puts "
+            "parts together: --vision DIR --language DIR --preset NAME --out DIR"
         )
     if kind not in readers:
         hint = suggest(kind, (MODEL_TYPE, ADAPTER_TYPE, *readers))
