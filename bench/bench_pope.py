@@ -21,11 +21,10 @@ import torch
 
 from ..hd.errors import UsageError
 from ..hd.grid import PRESETS, HDConfig
-from ..model.assemble import load_tokenizer
 from ..model.llava_hd import LlavaHD
 from ..model.nano import SHIPPED
 from ..model.prefix import shared_length
-from ..model.processor import Processor
+from ..model.processor import Processor, read_tokenizer
 from ..model.rival import SIZES, load_rival, save_random
 from .bench_pope_race import ALONE, SHARED, Models, Request, Say, Tally, ask, differing, race
 from .measure import (
@@ -95,7 +94,7 @@ def load_models(request: Request) -> Models:
         folder = request.model
         if folder is None:
             folder, hd = Path(temporary), geometry(request.size)
-            tokenizer = load_tokenizer(SHIPPED / "lm")
+            tokenizer = read_tokenizer(SHIPPED / "lm")
             save_random(folder, SIZES[request.size], hd, tokenizer, dtype, device, request.seed)
         ours = LlavaHD.from_pretrained(folder, dtype=dtype, device=device)
         if not ours.config.hd.grids:

@@ -22,8 +22,8 @@ import torch
 from ..hd.errors import LlavaHDError, UsageError
 from ..hd.grid import get_preset
 from ..hd.image import load_image
-from ..model.assemble import load_tokenizer
 from ..model.nano import SHIPPED
+from ..model.processor import read_tokenizer
 from ..model.rival_processor import has_rival
 from ..train.dataset import Passes
 from .loader_data import (
@@ -133,7 +133,7 @@ def _measure(request: Request, folder: Path, say: Say) -> dict[str, Any]:
         "ratios": [],
         "parts": [],
     }
-    tokenizer = load_tokenizer(SHIPPED / "lm")
+    tokenizer = read_tokenizer(SHIPPED / "lm")
     batches = [
         tuple(range(first, min(first + request.batch, len(files))))
         for first in range(0, len(files), request.batch)

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 
 from ..hd.errors import Interrupted, LlavaHDError
-from ..model.assemble import load_tokenizer
 from ..model.nano import SHIPPED
-from ..model.processor import Processor
+from ..model.processor import Processor, read_tokenizer
 from ..model.rival import SIZES, Sizes, save_random
 from ..model.rival_training import add_processor
 from .bare_parser import bare_parser
@@ -160,7 +159,7 @@ def peak_rate(request: Request) -> dict[str, Any]:
 def prepare(request: Request, sizes: Sizes, folder: Path) -> dict[int, StepData]:
     """Write weights and samples; the samples by stage."""
     device, dtype = torch.device(request.device), getattr(torch, DTYPES[request.dtype])
-    tokenizer, hd = load_tokenizer(SHIPPED / "lm"), Scale(request.tile_px).hd
+    tokenizer, hd = read_tokenizer(SHIPPED / "lm"), Scale(request.tile_px).hd
     save_random(folder, sizes, hd, tokenizer, dtype, device, request.seed)
     add_processor(folder)
     if device.type == "cuda":

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from ..hd.errors import LlavaHDError
-from ..model.assemble import load_tokenizer
 from ..model.nano import SHIPPED
+from ..model.processor import read_tokenizer
 from ..model.rival import save_random
 from ..train.launch import run_workers
 from .files import read_json_lines
@@ -81,7 +81,7 @@ def run_growth(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
     say(f"{device_name(device)}, {request.dtype}, growth of {request.geometry}")
     with TemporaryDirectory() as temporary:
         folder, dtype = Path(temporary), getattr(torch, DTYPES[request.dtype])
-        tokenizer = load_tokenizer(SHIPPED / "lm")
+        tokenizer = read_tokenizer(SHIPPED / "lm")
         hd = geometry(request.tile_px)
         save_random(folder, sizes, hd, tokenizer, dtype, device, request.seed)
         try:

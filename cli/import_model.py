@@ -83,4 +83,6 @@ def run(args: Namespace) -> int:
         print(f"  left out, no model needs them: {len(report.left_out)} ({report.left_out[0]}, …)")
     if report.untrained:
         print(f"  untrained, no checkpoint held them: {', '.join(report.untrained)}")
+    for note in report.notes:
+        print(f"  note: {note}")
     return 0

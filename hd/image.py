@@ -45,6 +45,8 @@ PNG_HEAD, PNG_END = 8, b"IEND\xaeB`\x82"
 # Chunks that may hold EXIF or XMP, and the keywords of the texts that do.
 PNG_TEXTS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 PNG_TURNS, PNG_WORD = (b"Raw profile type exif", b"XML:com.adobe.xmp"), 80
+# Where Pillow keeps what it read of them.
+TURNING_NOTES = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -219,13 +221,19 @@ def is_image(value: object) -> bool:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """An image already in memory as `load_image` would give it, but for its size limits."""
+    image = _upright(image)
     return image if image.mode == "RGB" else _rgb(image, "image in memory")
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says."""
+    """The image turned as its EXIF says; the one that is turned says nothing of it any more."""
     method = UPRIGHT.get(_orientation(image, load=True))
-    return image if method is None else image.transpose(method)
+    if method is None:
+        return image
+    turned = image.transpose(method)  # Pillow copies the notes, which would turn it again
+    for key in TURNING_NOTES:
+        turned.info.pop(key, None)
+    return turned
 
 
 def _orientation(image: Image.Image, load: bool) -> int:

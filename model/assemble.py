@@ -21,10 +21,10 @@ from ..hd.grid import HDConfig
 from .attention import implementation
 from .config import LlavaHDConfig, read_config_json
 from .foreign import config_dict
-from .key_names import ROW_END
+from .key_names import NOT_THE_TOWER, ROW_END, is_computed
 from .language import check_supported
 from .llava_hd import LlavaHD
-from .processor import Processor
+from .processor import Processor, read_sentencepiece, read_tokenizer
 from .prompt import IMAGE_TAG, get_template
 from .weights import cast_own_parts, quiet_transformers, read_state
 
@@ -57,7 +57,7 @@ def assemble(
     with quiet_transformers():
         clip = _load(CLIPVisionModel, vision, dtype, attention)
         causal_lm = _load(AutoModelForCausalLM, language, dtype, attention)
-        tokenizer = load_tokenizer(language)
+        tokenizer = read_tokenizer(language)
         image_token_id = add_image_token(tokenizer, causal_lm)
         tokenizer = as_saved(tokenizer)
     ends = causal_lm.generation_config.eos_token_id
@@ -77,7 +77,9 @@ def assemble(
         model = LlavaHD(config, clip, causal_lm)
     if projector_from is not None:
         take_projector(model, projector_from)
-    return cast_own_parts(model, dtype), Processor(tokenizer, config)
+    return cast_own_parts(model, dtype), Processor(
+        tokenizer, config, sentencepiece=read_sentencepiece(language)
+    )
 
 
 def add_image_token(tokenizer: Any, causal_lm: PreTrainedModel) -> int:
@@ -139,17 +141,6 @@ def _check_language(folder: str | Path, attention: str) -> None:
     check_supported(empty, implementation(attention))
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a language model's folder; UsageError where it holds none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        text = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"model folder {folder} has no tokenizer that can be read ({text}); copy its files"
-        ) from error
-
-
 def as_saved(tokenizer: Any) -> Any:
     """The tokenizer as it comes back from a saved model folder.
 
@@ -162,24 +153,37 @@ def as_saved(tokenizer: Any) -> Any:
 
 
 def _load(kind: Any, folder: str | Path, dtype: torch.dtype, attention: str) -> Any:
-    """A part from its folder; DataError when a tensor would stay random.
+    """A part from its folder; DataError when a tensor would stay random, or has no place.
 
     Published parts are safetensors or .bin files; transformers unpickles the latter with
     weights_only, which runs no code of theirs.
     """
     try:
-        part, info = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=implementation(attention),
-            output_loading_info=True,
-        )
+        # what transformers would report about tensors is refused, or known, below
+        with quiet_transformers(reports=False):
+            part, info = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=implementation(attention),
+                output_loading_info=True,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         text = str(error).strip().splitlines()[0]
         raise UsageError(f"model folder {folder} cannot be read as a part: {text}") from error
     random = [*info["missing_keys"], *info["mismatched_keys"]]
     if random:
         raise DataError(f"model folder {folder} lacks {random[0]} ({len(random)} such)")
+    known = NOT_THE_TOWER if kind is CLIPVisionModel else ()
+    strange = sorted(
+        name
+        for name in info["unexpected_keys"]
+        if not (name.startswith(known) or is_computed(name))
+    )
+    if strange:
+        raise DataError(
+            f"model folder {folder} has an unknown tensor {strange[0]} ({len(strange)} such); its "
+            "config.json and its weights do not belong together"
+        )
     return part
 
 

@@ -9,9 +9,11 @@ learned, so that a trainer can mask the rest.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from ..hd.errors import UsageError
-from .prompt import IMAGE_TAG, get_template
+from .prompt import IMAGE_TAG, Turn, get_template
 
 
 def chat_template(name: str, end_token: str) -> str:
@@ -40,6 +42,20 @@ def chat_template(name: str, end_token: str) -> str:
     for word in sorted(words, key=len, reverse=True):
         lines = lines.replace(f"@{word}@", _quoted(words[word]))
     return "".join(line.strip() for line in lines.splitlines())
+
+
+def messages(turns: Sequence[Turn], listed: bool) -> list[dict[str, Any]]:
+    """Turns in Hugging Face's words; listed: contents as parts, images first."""
+    roles = {"human": "user", "gpt": "assistant"}
+    made: list[dict[str, Any]] = []
+    for turn in turns:
+        content: Any = turn.text
+        if listed:
+            images = turn.text.count(IMAGE_TAG) if turn.role == "human" else 0
+            text = turn.text.replace(IMAGE_TAG, "") if images else turn.text
+            content = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
+        made.append({"role": roles[turn.role], "content": content})
+    return made
 
 
 def _quoted(text: str) -> str:

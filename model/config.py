@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..hd.errors import UsageError
+from ..hd.errors import LlavaHDError, UsageError
 from ..hd.grid import HDConfig, suggest
 from .prompt import get_template
 
@@ -90,6 +91,23 @@ class LlavaHDConfig:
         return cls(**{**chosen, "hd": HDConfig.from_dict(values["hd"])})
 
 
+@contextmanager
+def readable(where: str | Path, remedy: str = "copy or save the model again") -> Iterator[None]:
+    """Turn what the libraries below say of damaged values into UsageError naming `where`.
+
+    They check a configuration or a tokenizer in a dozen ways, each with an exception of its own
+    (KeyError, ZeroDivisionError, bare ones of tokenizers), so all are taken; ours pass.
+    """
+    try:
+        yield
+    except LlavaHDError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        text = f"no {text}" if isinstance(error, KeyError) else text
+        raise UsageError(f"{where} cannot be read ({text[:160]}); {remedy}") from error
+
+
 def read_config_json(folder: str | Path) -> dict[str, Any]:
     """The `config.json` of a model folder, of any kind; raises UsageError where there is none."""
     path = Path(folder) / "config.json"
@@ -100,6 +118,6 @@ def read_config_json(folder: str | Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not JSON ({error}); save the model again") from error
-    if not isinstance(values, dict) or "model_type" not in values:
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise UsageError(f"{path} has no model_type; it does not describe a model")
     return values

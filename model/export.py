@@ -75,13 +75,13 @@ def export_folder(
     processor = Processor.from_pretrained(folder)
     refuse_inexpressible(processor.config, format)
     config, gathered = native_state(folder, None if dtype == "auto" else DTYPES[dtype])
-    state, tokenizer = gathered.state, processor.tokenizer
+    state = gathered.state
     check_names(state)
     name = dtype_name(state)
     with whole_folder(target) as unfinished:
         say(f"writing {target}")
-        write_tokenizer(unfinished, folder, tokenizer, config)
-        values = generation_values(tokenizer, config.text)
+        write_tokenizer(unfinished, processor)
+        values = generation_values(processor.tokenizer, config.text)
         write_json(unfinished / "generation_config.json", values)
         if format == "llava":
             write_original(unfinished, target, config, state, name)

@@ -26,6 +26,7 @@ from ..hd.errors import LlavaHDError
 from ..hd.image import from_array
 from ..hd.tiler import normalise
 from .attention import implementation
+from .chat_template import messages
 from .config import LlavaHDConfig
 from .key_names import VISION, from_clip, from_transformers
 from .original import read_original
@@ -127,8 +128,10 @@ def check_original(
     with quiet_transformers():
         _loaded(CLIPVisionModel, found.vision)
         AutoConfig.from_pretrained(folder)
-    ids = AutoTokenizer.from_pretrained(folder)(QUESTION).input_ids
-    return CheckReport(0, 0.0, 0.0, prompts, ids == processor.tokenizer(QUESTION).input_ids)
+    turns = [Turn("human", QUESTION)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt_text(turns, config.template, tokenizer.eos_token)).input_ids
+    return CheckReport(0, 0.0, 0.0, prompts, ids == list(processor.question(QUESTION).ids))
 
 
 def check_tensors(folder: Path, state: Mapping[str, Tensor], rename: Any) -> None:
@@ -162,20 +165,6 @@ def check_prompts(folder: Path, config: LlavaHDConfig) -> int:
                     )
                 count += 1
     return count
-
-
-def messages(turns: list[Turn], listed: bool) -> list[dict[str, Any]]:
-    """Turns in Hugging Face's words; listed: contents as parts, images first."""
-    roles = {"human": "user", "gpt": "assistant"}
-    made: list[dict[str, Any]] = []
-    for turn in turns:
-        content: Any = turn.text
-        if listed:
-            images = turn.text.count(IMAGE_TAG) if turn.role == "human" else 0
-            text = turn.text.replace(IMAGE_TAG, "") if images else turn.text
-            content = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
-        made.append({"role": roles[turn.role], "content": content})
-    return made
 
 
 def _sizes(config: LlavaHDConfig) -> list[tuple[int, int]]:

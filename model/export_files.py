@@ -8,20 +8,20 @@ Old readers and new ones look in different places for the same value, so both ar
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..hd.grid import HDConfig
 from ..hd.tiler import CLIP_MEAN, CLIP_STD
 from .chat_template import chat_template
 from .config import LlavaHDConfig
 from .foreign import config_dict
-from .processor import save_tokenizer, with_bos
+from .processor import Processor, with_bos
 from .whole_folder import write_json
 
 BICUBIC = 3  # PIL's number of it
@@ -39,12 +39,17 @@ def text_values(config: LlavaHDConfig, dtype: str) -> dict[str, Any]:
     text = {k: v for k, v in full.items() if k not in general}
     text |= {key: full[key] for key in END_TOKENS if full.get(key) is not None}
     rope = full.get("rope_parameters")
-    if rope:
+    if (
+        rope and "rope_theta" in rope
+    ):  # some kinds have one for each kind of layer, new readers alone
         text["rope_theta"] = rope["rope_theta"]
         scaled = rope.get("rope_type", "default") != "default"
         others = {k: v for k, v in rope.items() if k != "rope_theta"}
         text["rope_scaling"] = others if scaled else None
-    return {"model_type": kind, **text, "dtype": dtype, "torch_dtype": dtype}
+    # vLLM builds the language model of these alone, and asks for the class by name
+    architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
+    named = {"model_type": kind, "architectures": architectures}
+    return {**named, **text, "dtype": dtype, "torch_dtype": dtype}
 
 
 def vision_values(config: LlavaHDConfig, dtype: str) -> dict[str, Any]:
@@ -130,11 +135,13 @@ def write_processor(folder: Path, config: LlavaHDConfig, processor: str) -> None
     )
 
 
-def write_tokenizer(folder: Path, source: Path, tokenizer: Any, config: LlavaHDConfig) -> None:
+def write_tokenizer(folder: Path, processor: Processor) -> None:
     """Tokenizer files that transformers 4 reads too, and the chat template in all its places."""
-    template = chat_template(config.template, tokenizer.eos_token)
-    tokenizer = with_bos(tokenizer)
-    save_tokenizer(tokenizer, folder)
+    tokenizer = with_bos(processor.tokenizer)
+    template = chat_template(processor.config.template, tokenizer.eos_token)
+    Processor(tokenizer, processor.config, sentencepiece=processor.sentencepiece).save_pretrained(
+        folder
+    )
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     listed = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ())]
@@ -156,8 +163,6 @@ def write_tokenizer(folder: Path, source: Path, tokenizer: Any, config: LlavaHDC
     write_json(folder / "added_tokens.json", added)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     write_json(folder / "chat_template.json", {"chat_template": template})
-    if (source / "tokenizer.model").is_file():
-        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
 
 
 def _token(token: Any) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..hd.errors import UsageError
 from ..hd.grid import HDConfig, suggest
 from .adapter_config import ADAPTER_TYPE, read_adapter_config
-from .config import MODEL_TYPE, LlavaHDConfig, read_config_json
+from .config import MODEL_TYPE, LlavaHDConfig, read_config_json, readable
 
 # What our forward computes; a folder that asks for something else is refused.
 REQUIRED = {
@@ -19,6 +21,8 @@ REQUIRED = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
 }
+TOWER = "clip_vision_model"
+PARTS = ("clip", TOWER, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def read_config(folder: str | Path) -> LlavaHDConfig:
@@ -30,7 +34,8 @@ def read_config(folder: str | Path) -> LlavaHDConfig:
         return read_adapter_config(folder).model
     if kind == MODEL_TYPE:
         try:
-            return LlavaHDConfig.from_dict(values)
+            with readable("it", "save the model again"):
+                return LlavaHDConfig.from_dict(values)
         except UsageError as error:
             raise UsageError(f"{folder}/config.json: {error}") from error
     if "mm_vision_tower" in values:
@@ -39,9 +44,19 @@ def read_config(folder: str | Path) -> LlavaHDConfig:
             f"llava-hd import {folder} --out DIR"
         )
     readers = {"llava_next": _llava_next_geometry, "llava": _llava_geometry}
+    if kind in PARTS:
+        raise UsageError(
+            f"{folder}: model_type {kind!r} cannot be read as a whole model; llava-hd import puts "
+            "parts together: --vision DIR --language DIR --preset NAME --out DIR"
+        )
     if kind not in readers:
         hint = suggest(kind, (MODEL_TYPE, ADAPTER_TYPE, *readers))
         raise UsageError(f"{folder}: model_type {kind!r} cannot be read; {hint}")
+    with readable(f"{folder}/config.json"):
+        return _foreign_config(folder, readers[kind])
+
+
+def _foreign_config(folder: str | Path, geometry: Callable[[Any], HDConfig]) -> LlavaHDConfig:
     theirs = AutoConfig.from_pretrained(folder)
     for name, ours in REQUIRED.items():
         value = getattr(theirs, name)
@@ -52,9 +67,14 @@ def read_config(folder: str | Path) -> LlavaHDConfig:
             f"{folder}/config.json: vision_feature_layer is {theirs.vision_feature_layer!r}, "
             "only one layer is read"
         )
+    if theirs.vision_config.model_type != TOWER:
+        raise UsageError(
+            f"{folder}/config.json: vision_config is a {theirs.vision_config.model_type}, only "
+            f"{TOWER} is read"
+        )
     text = config_dict(theirs.text_config)
     return LlavaHDConfig(
-        hd=readers[kind](theirs),
+        hd=geometry(theirs),
         vision=config_dict(theirs.vision_config),
         text=text | {"tie_word_embeddings": theirs.tie_word_embeddings},
         image_token_id=theirs.image_token_id,
@@ -71,6 +91,8 @@ def config_dict(config: PreTrainedConfig) -> dict[str, Any]:
 def _llava_next_geometry(theirs: Any) -> HDConfig:
     """LLaVA-1.6 and 1.5-HD: pinpoints are (height, width) in pixels, multiples of the tile."""
     tile_px = theirs.vision_config.image_size
+    if not theirs.image_grid_pinpoints:
+        raise UsageError("config.json: image_grid_pinpoints is empty, so no image can be cut")
     for pinpoint in theirs.image_grid_pinpoints:
         if any(length % tile_px for length in pinpoint):
             raise UsageError(

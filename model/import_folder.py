@@ -14,29 +14,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
 
 from ..hd.errors import DataError, UsageError
 from ..hd.grid import HDConfig
 from .adapter_config import ADAPTER_TYPE
 from .assemble import VOCABULARY_MULTIPLE, as_saved, assemble, give_image_token
 from .config import MODEL_TYPE, LlavaHDConfig, read_config_json
+from .import_notes import check_preprocessor, template_note
 from .import_original import original_state, projector_kind, read_projector, tower_config
-from .key_names import HEAD, LANGUAGE, PROJECTOR
+from .key_names import EMBEDDING, HEAD, LANGUAGE, PROJECTOR
 from .native_state import DTYPES, Gathered, check_complete, drop_tied_head, dtype_name, native_state
 from .original import is_original
-from .processor import Processor
+from .processor import Processor, read_sentencepiece, read_tokenizer
 from .prompt import IMAGE_TAG, get_template
 from .tensor_files import file_tensors, folder_tensors, weight_files
 from .whole_folder import save_tensors, whole_folder, write_json
-
-EMBEDDING = LANGUAGE + "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class ImportReport:
     """What was written. left_out: tensors that no model needs (buffers, CLIP's text half, a tied
-    head); untrained: tensors that no checkpoint held, new and random; rows: of the vocabulary."""
+    head); untrained: tensors that no checkpoint held, new and random; rows: of the vocabulary;
+    notes: what the folder says otherwise than the model that was made of it."""
 
     out: str
     kind: str
@@ -45,6 +44,7 @@ class ImportReport:
     rows: int
     left_out: tuple[str, ...]
     untrained: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class _Found:
     state: dict[str, Tensor]
     tokenizer: Any
     left_out: list[str]
+    sentencepiece: bytes | None
     untrained: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def import_folder(
@@ -91,7 +93,8 @@ def import_folder(
         say(f"writing {target}")
         save_tensors(found.state, unfinished)
         write_json(unfinished / "config.json", found.config.to_dict())
-        Processor(found.tokenizer, found.config).save_pretrained(unfinished)
+        processor = Processor(found.tokenizer, found.config, sentencepiece=found.sentencepiece)
+        processor.save_pretrained(unfinished)
     return ImportReport(
         out=str(target),
         kind=found.kind,
@@ -100,6 +103,7 @@ def import_folder(
         rows=found.config.text["vocab_size"],
         left_out=tuple(found.left_out),
         untrained=found.untrained,
+        notes=found.notes,
     )
 
 
@@ -118,9 +122,11 @@ def _folder(
     if vision is not None or language is not None:
         raise UsageError(f"{folder} holds all parts; --vision and --language are not for it")
     config, gathered = native_state(folder, dtype)
+    notes = check_preprocessor(folder, config.hd)
     config = replace(config, template=_template(folder, template, config.text["model_type"]))
     config = _with_ends(config, folder)
-    tokenizer = _tokenizer(folder, config.text)
+    tokenizer = read_tokenizer(folder, config.text)
+    notes += template_note(folder, tokenizer, config.template)
     # Some folders count on the row alone; here `<image>` must be a word of the tokenizer.
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TAG)
     if IMAGE_TAG not in tokenizer.get_vocab() or image_id != config.image_token_id:
@@ -129,8 +135,14 @@ def _folder(
             f"{config.image_token_id} (image_token_index); copy the tokenizer files that fit"
         )
     give_image_token(tokenizer)
-    kind = f"transformers {values['model_type']}"
-    return _Found(kind, config, gathered.state, as_saved(tokenizer), gathered.left_out)
+    tokenizer = as_saved(tokenizer)
+    tied = bool(config.text.get("tie_word_embeddings"))
+    rows = enlarge(folder, gathered, _words(tokenizer), tied)
+    config = replace(config, text={**config.text, "vocab_size": rows})
+    kind, pieces = f"transformers {values['model_type']}", read_sentencepiece(folder)
+    return _Found(
+        kind, config, gathered.state, tokenizer, gathered.left_out, pieces, notes=tuple(notes)
+    )
 
 
 def _template(folder: Path, template: str | None, kind: str) -> str:
@@ -154,12 +166,12 @@ def _original(
     original, gathered = original_state(folder, vision, language, dtype)
     own = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
     home = folder if own or language is None else language
-    tokenizer = _tokenizer(home, original.text)
+    tokenizer = read_tokenizer(home, original.text)
     give_image_token(tokenizer)
     tokenizer = as_saved(tokenizer)
     text = dict(original.text)
     tied = bool(text.get("tie_word_embeddings"))
-    text["vocab_size"] = enlarge(folder, gathered, len(tokenizer), tied)
+    text["vocab_size"] = enlarge(folder, gathered, _words(tokenizer), tied)
     assert original.vision is not None
     config = LlavaHDConfig(
         hd=original.hd,
@@ -171,9 +183,15 @@ def _original(
         template=template,
     )
     config = _with_ends(config, home)
-    drop_tied_head(gathered, config)
+    drop_tied_head(folder, gathered, config)
     check_complete(folder, gathered.state, config)
-    return _Found("original LLaVA", config, gathered.state, tokenizer, gathered.left_out)
+    pieces = read_sentencepiece(home)
+    return _Found("original LLaVA", config, gathered.state, tokenizer, gathered.left_out, pieces)
+
+
+def _words(tokenizer: Any) -> int:
+    """The rows that a tokenizer needs; its ids may have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def enlarge(folder: Path, gathered: Gathered, words: int, tied: bool) -> int:
@@ -202,18 +220,6 @@ def _with_ends(config: LlavaHDConfig, folder: Path) -> LlavaHDConfig:
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}); copy the model again") from error
     return config if ends is None else replace(config, text={**config.text, "eos_token_id": ends})
-
-
-def _tokenizer(folder: Path, text: Any) -> Any:
-    values = dict(text)
-    told = AutoConfig.for_model(values.pop("model_type"), **values)
-    try:
-        return AutoTokenizer.from_pretrained(folder, config=told)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        text = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"model folder {folder} has no tokenizer that can be read ({text}); copy its files"
-        ) from error
 
 
 def _parts(
@@ -257,9 +263,17 @@ def _parts(
     held = set(taken) if ours is None else {name for name, _ in folder_tensors(ours)}
     untrained = tuple(sorted(own - held))
     gathered = Gathered(state)
-    drop_tied_head(gathered, model.config)
+    drop_tied_head(language, gathered, model.config)
     check_complete(language, gathered.state, model.config)
-    return _Found("parts", model.config, state, processor.tokenizer, gathered.left_out, untrained)
+    return _Found(
+        "parts",
+        model.config,
+        state,
+        processor.tokenizer,
+        gathered.left_out,
+        processor.sentencepiece,
+        untrained,
+    )
 
 
 def _is_ours(projector: Path) -> bool:

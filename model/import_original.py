@@ -11,16 +11,15 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from ..hd.errors import DataError, UsageError
+from .config import readable
 from .foreign import config_dict
 from .import_lora import TRAINABLES, add_adapter, is_lora, plain_name
-from .key_names import PROJECTOR, ROW_END, VISION, from_clip, from_original
+from .key_names import NOT_THE_TOWER, PROJECTOR, ROW_END, VISION, from_clip, from_original
 from .native_state import Gathered
 from .original import Original, read_original
 from .tensor_files import file_tensors, folder_tensors, has_weights
 
 STAGE_1 = "mm_projector.bin"
-# The halves of a whole CLIP that nobody here reads.
-NOT_THE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
 def original_state(
@@ -67,7 +66,8 @@ def take_tower(gathered: Gathered, vision: Path, dtype: torch.dtype | None) -> N
 
 def tower_config(vision: Path) -> dict[str, object]:
     """The configuration of the image tower of a CLIP folder."""
-    return config_dict(CLIPVisionConfig.from_pretrained(vision))
+    with readable(f"{vision}/config.json"):
+        return config_dict(CLIPVisionConfig.from_pretrained(vision))
 
 
 def _replace(gathered: Gathered, file: Path, dtype: torch.dtype | None) -> None:

@@ -19,6 +19,9 @@ import re
 VISION, LANGUAGE, PROJECTOR = "vision.clip.", "language.causal_lm.", "projector."
 ROW_END = "projector.row_end"
 HEAD = LANGUAGE + "lm_head.weight"
+EMBEDDING = LANGUAGE + "model.embed_tokens.weight"
+# The halves of a whole CLIP that nobody here reads.
+NOT_THE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 # Buffers that older versions wrote; they are computed, not learned.
 COMPUTED = re.compile(r"(^|\.)(embeddings\.position_ids|rotary_emb\.inv_freq)$")

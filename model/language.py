@@ -30,8 +30,13 @@ def _refusal(causal_lm: PreTrainedModel, attention: str) -> str | None:
         return "its attention cannot be replaced, so packed samples would see each other"
     if not any(name.endswith("rotary_emb") for name, _ in causal_lm.named_modules()):
         return "its positions are not rotary, so packed samples would not restart at 0"
-    if causal_lm.get_output_embeddings().bias is not None:
+    head = causal_lm.get_output_embeddings()
+    if head.bias is not None:
         return "its head has a bias"
+    if config.get("tie_word_embeddings") and head.weight is not (
+        causal_lm.get_input_embeddings().weight
+    ):
+        return "tie_word_embeddings is true, but its head is another; set it to false there"
     for name in LOGIT_SCALES:
         if config.get(name) not in (None, 1.0):
             return f"its logits are scaled ({name} {config[name]})"

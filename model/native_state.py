@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..hd.errors import DataError, UsageError
 from .adapter_config import is_adapter
-from .config import MODEL_TYPE, LlavaHDConfig, read_config_json
+from .config import MODEL_TYPE, LlavaHDConfig, read_config_json, readable
 from .foreign import read_config
-from .key_names import HEAD, from_transformers, is_computed
+from .key_names import EMBEDDING, HEAD, from_transformers, is_computed
 from .outline import outline
 from .tensor_files import folder_tensors
 
@@ -54,8 +54,9 @@ class Gathered:
 
 def check_complete(where: Path, state: Mapping[str, Tensor], config: LlavaHDConfig) -> None:
     """DataError unless the tensors are those of the configuration, none missing, none left over,
-    each of its shape. A tied head may be missing."""
-    due = outline(config, torch.float32).state_dict()
+    each of its shape and of finite numbers. A tied head may be missing."""
+    with readable(f"{where}/config.json"):
+        due = outline(config, torch.float32).state_dict()
     tied = {HEAD} if config.text.get("tie_word_embeddings") else set()
     missing = sorted(due.keys() - state.keys() - tied)
     unknown = sorted(state.keys() - due.keys())
@@ -76,6 +77,14 @@ def check_complete(where: Path, state: Mapping[str, Tensor], config: LlavaHDConf
     strange = sorted(k for k, t in state.items() if not t.is_floating_point())
     if strange:
         raise DataError(f"model folder {where}: {strange[0]} is {state[strange[0]].dtype}")
+    for name, tensor in state.items():
+        # a nan is the smallest and the largest; isfinite would need copies as large as the tensor
+        ends = torch.stack(torch.aminmax(tensor)) if tensor.numel() else torch.zeros(1)
+        if not bool(torch.isfinite(ends).all()):
+            raise DataError(
+                f"model folder {where}: {name} holds numbers that are not finite as "
+                f"{tensor.dtype}; copy the model again, or choose a wider --dtype"
+            )
 
 
 def native_state(folder: Path, dtype: torch.dtype | None = None) -> tuple[LlavaHDConfig, Gathered]:
@@ -90,15 +99,22 @@ def native_state(folder: Path, dtype: torch.dtype | None = None) -> tuple[LlavaH
     own = read_config_json(folder)["model_type"] == MODEL_TYPE
     gathered = Gathered()
     gathered.take(folder, folder_tensors(folder), str if own else from_transformers, dtype)
-    drop_tied_head(gathered, config)
+    drop_tied_head(folder, gathered, config)
     check_complete(folder, gathered.state, config)
     return config, gathered
 
 
-def drop_tied_head(gathered: Gathered, config: LlavaHDConfig) -> None:
-    """Leave a head out that is the embedding again."""
-    if config.text.get("tie_word_embeddings") and gathered.state.pop(HEAD, None) is not None:
-        gathered.left_out.append(HEAD)
+def drop_tied_head(where: Path, gathered: Gathered, config: LlavaHDConfig) -> None:
+    """Leave a head out that is the embedding again; DataError where it is said to be and is not."""
+    if not config.text.get("tie_word_embeddings") or HEAD not in gathered.state:
+        return
+    head, table = gathered.state.pop(HEAD), gathered.state.get(EMBEDDING)
+    if table is None or not torch.equal(head, table):
+        raise DataError(
+            f"{where}/config.json says tie_word_embeddings, but the head of the weights is not the "
+            "embedding; set it to false there"
+        )
+    gathered.left_out.append(HEAD)
 
 
 def dtype_name(state: Mapping[str, Tensor]) -> str:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from ..hd.errors import UsageError
 from ..hd.grid import HDConfig
-from .config import PROJECTORS, read_config_json
+from .config import PROJECTORS, read_config_json, readable
 from .foreign import config_dict
 from .key_names import from_original
 
@@ -43,15 +43,20 @@ class Original:
 
 def is_original(values: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of an original LLaVA folder."""
-    architectures = values.get("architectures") or ()
-    return "mm_vision_tower" in values or ARCHITECTURE in architectures
+    architectures = values.get("architectures")
+    named = isinstance(architectures, list) and ARCHITECTURE in architectures
+    return "mm_vision_tower" in values or named
 
 
 def read_original(folder: Path, vision: Path | None = None) -> Original:
     """An original folder's config.json. vision: the CLIP folder; otherwise one inside `folder` of
     the name that config.json gives. Raises UsageError naming the field that we have no word for.
     """
-    values = read_config_json(folder)
+    with readable(f"{folder}/config.json"):
+        return _read(folder, vision, read_config_json(folder))
+
+
+def _read(folder: Path, vision: Path | None, values: Mapping[str, Any]) -> Original:
     where = f"{folder}/config.json"
     architectures = values.get("architectures") or [ARCHITECTURE]
     if ARCHITECTURE not in architectures:

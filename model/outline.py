@@ -19,11 +19,11 @@ from transformers import (
 
 from ..hd.errors import UsageError
 from ..hd.grid import HDConfig
-from .assemble import VOCABULARY_MULTIPLE, as_saved, load_tokenizer
+from .assemble import VOCABULARY_MULTIPLE, as_saved
 from .config import LlavaHDConfig
 from .foreign import config_dict
 from .llava_hd import LlavaHD
-from .processor import Processor
+from .processor import Processor, read_tokenizer
 from .prompt import IMAGE_TAG
 
 ATTENTION = "llava_hd_outline"  # transformers' name of the attention below
@@ -90,7 +90,7 @@ def outline_config(
 
 def image_tokenizer(language: str | Path) -> Any:
     """The tokenizer of a language model's folder with `<image>` in it, as training will have it."""
-    tokenizer = load_tokenizer(language)
+    tokenizer = read_tokenizer(language)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [IMAGE_TAG]}, replace_extra_special_tokens=False
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import processors
 from transformers import AutoConfig, AutoTokenizer
 
+from ..hd.errors import UsageError
 from ..hd.image import image_size, load_image
 from ..hd.limits import NO_LIMITS, ResolutionLimits, limited
 from ..hd.plan import TilePlan, plan_image
 from ..hd.tiler import Resizer, pillow_resizer, tile_image
-from .config import LlavaHDConfig
+from .config import LlavaHDConfig, readable
 from .foreign import read_config
 from .packing import Sample
 from .prompt import IGNORE, IMAGE_TAG, Turn, encode_conversation, encode_question
@@ -25,6 +26,34 @@ from .prompt import IGNORE, IMAGE_TAG, Turn, encode_conversation, encode_questio
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+
+SENTENCEPIECE = "tokenizer.model"
+
+
+def read_tokenizer(folder: str | Path, text: Mapping[str, Any] | None = None) -> Any:
+    """The tokenizer of a folder; text: the language model's configuration, for a folder whose own
+    config.json transformers does not know. UsageError where there is none, or none of use."""
+    told = {}
+    if text is not None:
+        values = dict(text)
+        with readable(f"{folder}/config.json"):
+            told["config"] = AutoConfig.for_model(values.pop("model_type"), **values)
+    with readable(f"the tokenizer of model folder {folder}", "copy its tokenizer files again"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **told)
+        # Without its vocabulary's file, transformers makes an empty one of some kinds.
+        empty = not tokenizer("USER", add_special_tokens=False).input_ids
+    if empty:
+        raise UsageError(
+            f"model folder {folder} has no tokenizer with words; copy tokenizer.json or "
+            f"{SENTENCEPIECE} to it"
+        )
+    if tokenizer.eos_token is None:
+        raise UsageError(
+            f"{folder}/tokenizer_config.json names no eos_token, which ends every answer; copy the "
+            "tokenizer files again"
+        )
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
@@ -37,6 +66,12 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+
+
+def read_sentencepiece(folder: str | Path) -> bytes | None:
+    """The SentencePiece file of a folder, if it has one."""
+    file = Path(folder) / SENTENCEPIECE
+    return file.read_bytes() if file.is_file() else None
 
 
 def with_bos(tokenizer: Any) -> Any:
@@ -72,34 +107,45 @@ class Cut:
 
 
 class Processor:
-    """Plans and cuts images, writes prompts; the same in training, evaluation and chat."""
+    """Plans and cuts images, writes prompts; the same in training, evaluation and chat.
+
+
+    sentencepiece: the file that a Llama tokenizer was made of. Nothing here reads it; it goes from
+    folder to folder for the programs that do (the original LLaVA, llama.cpp). resizer: what makes
+    images smaller or larger (hd/tiler.py).
+    """
 
     def __init__(
-        self, tokenizer: Any, config: LlavaHDConfig, resizer: Resizer = pillow_resizer
+        self,
+        tokenizer: Any,
+        config: LlavaHDConfig,
+        resizer: Resizer = pillow_resizer,
+        sentencepiece: bytes | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.resizer = resizer
+        self.sentencepiece = sentencepiece
 
     @classmethod
     def from_pretrained(cls, path: str | Path, limits: ResolutionLimits = NO_LIMITS) -> Processor:
         """The processor of a model folder that `LlavaHD.from_pretrained` reads. limits: of the
         images' resolution, instead of what the model was trained on (hd/limits.py)."""
         config = read_config(path)
+        tokenizer = read_tokenizer(path, config.text)
         config = replace(config, hd=limited(config.hd, limits))
-        text = dict(config.text)
-        # Told what the text model is, transformers does not look at our config.json.
-        told = AutoConfig.for_model(text.pop("model_type"), **text)
-        return cls(AutoTokenizer.from_pretrained(path, config=told), config)
+        return cls(tokenizer, config, sentencepiece=read_sentencepiece(path))
 
     def limited(self, limits: ResolutionLimits) -> Processor:
         """The same processor with other limits of resolution; its cuts go to the same model."""
         config = replace(self.config, hd=limited(self.config.hd, limits))
-        return Processor(self.tokenizer, config)
+        return Processor(self.tokenizer, config, self.resizer, self.sentencepiece)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer files; the configuration is the model's config.json."""
         save_tokenizer(self.tokenizer, path)
+        if self.sentencepiece is not None:
+            (Path(path) / SENTENCEPIECE).write_bytes(self.sentencepiece)
 
     def cut(self, image: Image) -> Cut:
         """The plan of an RGB image and its tiles."""

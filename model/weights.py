@@ -75,13 +75,17 @@ def save_model(
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' loading bars; its warnings stay."""
+def quiet_transformers(reports: bool = True) -> Iterator[None]:
+    """Without transformers' loading bars; its warnings stay, but for its `reports` of tensors."""
     was_on = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    if not reports:
+        transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if was_on:
             transformers_logging.enable_progress_bar()
 

@@ -34,14 +34,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
     full or cannot be written.
     """
     check_new(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{UNFINISHED}{target.name}")
+    place = target.resolve()  # a link may lead to an empty folder
+    unfinished = place.with_name(f"{UNFINISHED}{place.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir()
+        unfinished.mkdir(parents=True)
         yield unfinished
         _sync(unfinished)
-        unfinished.replace(target)
+        unfinished.replace(place)
     except OSError as error:
         reason = f"could not be written ({error.strerror or error}), so it is not there"
         raise OSError(error.errno or errno.EIO, reason, str(target)) from error

@@ -24,8 +24,8 @@ from llava_hd.cli.main import main
 from llava_hd.hd.errors import LlavaHDError, UsageError
 from llava_hd.hd.grid import get_preset
 from llava_hd.hd.image import read_size
-from llava_hd.model.assemble import load_tokenizer
 from llava_hd.model.nano import SHIPPED
+from llava_hd.model.processor import read_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(SHIPPED / "lm")
+    return read_tokenizer(SHIPPED / "lm")
 
 
 def test_files_have_real_sizes_and_weigh_what_photos_weigh(files):

@@ -15,8 +15,8 @@ from llava_hd.bench.step_growth import RECORD, curves_of, fit, slope
 from llava_hd.bench.step_growth_points import AXES, GRIDS, geometry, main, sample
 from llava_hd.bench.step_options import Request
 from llava_hd.bench.step_process import Job, write_job
-from llava_hd.model.assemble import load_tokenizer
 from llava_hd.model.nano import SHIPPED
+from llava_hd.model.processor import read_tokenizer
 from llava_hd.model.rival import save_random
 
 QUICK = Request(geometry="nano", tile_px=56, quick=True, growth=True)
@@ -60,7 +60,7 @@ def test_pictures_fill_their_grids_and_ranks_share_the_same_samples():
 def test_points_are_measured_and_drawn(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     sizes, hd = sizes_of(QUICK), geometry(56)
-    tokenizer = load_tokenizer(SHIPPED / "lm")
+    tokenizer = read_tokenizer(SHIPPED / "lm")
     save_random(tmp_path, sizes, hd, tokenizer, torch.float32, torch.device("cpu"), 0)
     threads = torch.get_num_threads()
     points = []

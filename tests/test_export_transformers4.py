@@ -13,6 +13,7 @@ import torch
 from export_files import exported, native
 from tiny import random_image
 
+from llava_hd.model.import_folder import import_folder
 from llava_hd.model.llava_hd import LlavaHD
 from llava_hd.model.packing import pack
 from llava_hd.model.processor import Processor
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @torch.inference_mode()
-def test_transformers_4_reads_the_exports_with_nothing_missing_and_the_same_logits(
+def test_transformers_4_reads_the_exports_to_the_same_logits_and_what_it_writes_is_imported(
     tmp_path: Path,
 ) -> None:
     models = [
@@ -50,8 +51,8 @@ def test_transformers_4_reads_the_exports_with_nothing_missing_and_the_same_logi
     picture = tmp_path / "picture.png"
     random_image(SIZE).save(picture)
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("transformers4_worker.py"), picture, *folders,
-         "--tower", tower],
+        [sys.executable, Path(__file__).with_name("transformers4_worker.py"), picture,
+         tmp_path / "again", *folders, "--tower", tower],
         capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(OLD), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
@@ -70,3 +71,10 @@ def test_transformers_4_reads_the_exports_with_nothing_missing_and_the_same_logi
         assert found["ids"] == list(sample.ids)
         logits = ours.logits(pack([sample], ours.config))[-1]
         torch.testing.assert_close(torch.tensor(found["logits"]), logits, rtol=1e-5, atol=1e-6)
+    report = import_folder(tmp_path / "again", tmp_path / "back")
+    assert report.notes == () and report.left_out == ()
+    expected = LlavaHD.from_pretrained(models[0])
+    back = LlavaHD.from_pretrained(tmp_path / "back")
+    assert back.config.hd == expected.config.hd
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name

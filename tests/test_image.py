@@ -119,9 +119,13 @@ def test_exif_orientation_turns_the_picture_upright(orientation, kind):
     exif[0x0112] = orientation
     stored = from_array(undo[orientation](QUARTERS))
     options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
-    image = load_image(encoded(stored, kind, exif=exif, **options))
+    data = encoded(stored, kind, exif=exif, **options)
+    image = load_image(data)
     assert image_size(image) == (16, 24)
     assert np.abs(to_array(image).astype(int) - QUARTERS).max() < 20
+    # in memory as well, and not once more where it is upright already
+    for again in (as_rgb(image), as_rgb(Image.open(io.BytesIO(data)))):
+        assert np.array_equal(to_array(again), to_array(image))
 
 
 def test_unreadable_exif_does_not_spoil_a_sound_picture():

@@ -104,6 +104,17 @@ def test_llava_next_is_read_in_every_layout(
     assert config.hd == tiny_hd("hdflex") and config.image_token_id == IMAGE_ID
 
 
+@pytest.mark.parametrize("kind", ["llava_next", "llava"])
+def test_what_transformers_itself_writes_is_read(
+    kind: str, next_model: PreTrainedModel, llava_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    model = next_model if kind == "llava_next" else llava_model
+    model.save_pretrained(tmp_path / "theirs")
+    tiny_tokenizer().save_pretrained(tmp_path / "theirs")
+    import_folder(tmp_path / "theirs", tmp_path / "ours")
+    assert_same(tmp_path / "ours", ours_of(model))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_llava_is_read_in_every_layout(
     llava_model: PreTrainedModel, layout: str, tmp_path: Path

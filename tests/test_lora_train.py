@@ -19,10 +19,10 @@ from train_data import tiny_config, write_data
 
 from llava_hd.hd.errors import DataError, UsageError
 from llava_hd.model.adapter_config import read_adapter_config
-from llava_hd.model.assemble import load_tokenizer
 from llava_hd.model.llava_hd import LlavaHD
 from llava_hd.model.lora import merge_lora
 from llava_hd.model.merge import merge_folder
+from llava_hd.model.processor import read_tokenizer
 from llava_hd.train.config import TrainConfig
 from llava_hd.train.launch import run_workers
 from llava_hd.train.lora import check_lora
@@ -162,7 +162,7 @@ def test_an_adapter_trained_on_few_bits_loads_on_the_whole_base_and_merges(runs,
 
 
 def with_tokenizer(run: TrainConfig) -> Path:
-    load_tokenizer(run.model.language).save_pretrained(run.output_dir)
+    read_tokenizer(run.model.language).save_pretrained(run.output_dir)
     return Path(run.output_dir)
 
 

@@ -1,6 +1,8 @@
 """Read exports with transformers 4 in a process of its own; prints what was found as JSON.
 
-    python transformers4_worker.py PICTURE.png MODEL... [--tower CLIP...]
+    python transformers4_worker.py PICTURE.png OUT MODEL... [--tower CLIP...]
+
+The first model is written again by that version, to OUT.
 
 Started by test_export_transformers4.py with that version first on the path; nothing of ours is
 imported here.
@@ -20,7 +22,7 @@ from transformers import AutoProcessor, CLIPVisionModel
 QUESTION = "What is in the image?"
 
 
-def report(folder: str, picture: str) -> dict[str, object]:
+def report(folder: str, picture: str, out: str | None) -> dict[str, object]:
     """The four lists of wrong keys, the prompt, its ids and the logits of the last place."""
     config = json.loads((Path(folder) / "config.json").read_text())
     model_class = getattr(transformers, config["architectures"][0])
@@ -28,6 +30,9 @@ def report(folder: str, picture: str) -> dict[str, object]:
         folder, dtype=torch.float32, output_loading_info=True, attn_implementation="sdpa"
     )
     processor = AutoProcessor.from_pretrained(folder, use_fast=False)
+    if out is not None:
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
@@ -54,8 +59,9 @@ def names_of(info: dict[str, object]) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    picture, *folders = sys.argv[1:]
+    picture, out, *folders = sys.argv[1:]
     split = folders.index("--tower")
-    found = [report(folder, picture) for folder in folders[:split]]
+    models = enumerate(folders[:split])
+    found = [report(folder, picture, None if i else out) for i, folder in models]
     found += [tower_report(folder) for folder in folders[split + 1 :]]
     print(json.dumps({"version": transformers.__version__, "found": found}))

@@ -52,11 +52,12 @@ def load_tokenizer(folder: str) -> Any:
     Raises UsageError for a folder without one.
     """
     # transformers takes seconds to import, which an estimate does not need.
-    from ..model.assemble import as_saved, load_tokenizer
+    from ..model.assemble import as_saved
+    from ..model.processor import read_tokenizer
 
     if not Path(folder).is_dir():
         raise UsageError(f"tokenizer {folder} is not a folder; give that of a language model")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [IMAGE_TAG]}, replace_extra_special_tokens=False
     )

@@ -153,7 +153,7 @@ def run_passes(
     """The passes of a run, as its configuration wants them. UsageError for a resizer that is not
     installed."""
     resizer, _ = find_resizer(config.data.resizing)
-    processor = Processor(processor.tokenizer, processor.config, resizer)
+    processor = Processor(processor.tokenizer, processor.config, resizer, processor.sentencepiece)
     reader = RecordReader(
         records=records,
         images=Path(config.data.images) if config.data.images else None,
