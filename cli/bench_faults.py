@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..hd.errors import LlavaHDError, UsageError
+from .bench_output import command_line
 from .parser import Parser
 
 PARTS = ("resume", "kill", "torn", "save", "modality", "nonfinite", "data")
@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
     def progress(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    command = " ".join(["llava-hd", *sys.argv[1:]])
+    command = command_line()
     sizes = QUICK if args.quick else replace(FULL, rival=not args.without_deepspeed)
     records = run_faults(args.only or PARTS, sizes, out, command, progress)
     if page is not None and out is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..bench.kernels_options import (
     request_of,
 )
 from ..hd.errors import Interrupted, UsageError
+from .bench_output import command_line
 from .parser import Parser
 
 
@@ -33,7 +33,7 @@ def run(args: Namespace) -> int:
     from ..bench.kernels import RECORD, report, run_benchmark, tell
 
     try:
-        request = request_of(args, " ".join(["llava-hd", *sys.argv[1:]]))
+        request = request_of(args, command_line())
         record, out = run_benchmark(request, tell)
     except RefusedOption as refusal:
         raise UsageError(str(refusal)) from refusal

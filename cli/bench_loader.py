@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from argparse import Namespace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..hd.errors import UsageError
+from .bench_output import command_line, measure_and_show, out_folder
 from .parser import Parser
 
 DESCRIPTION = """Load the same JPEG files with our loader (reading, cutting, words, packing) and
@@ -43,8 +41,6 @@ def run(args: Namespace) -> int:
     """Measure, write the results, print the table (or JSON)."""
     from ..bench.loader import RECORD, Request, run_benchmark
 
-    if args.out == "":
-        raise UsageError("--out is empty; give a folder")
     usual = (CHOICES[:1], 24, 2) if args.quick else (CHOICES, 96, 3)
     request = Request(
         presets=tuple(dict.fromkeys(args.presets or usual[0])),
@@ -53,22 +49,11 @@ def run(args: Namespace) -> int:
         batch=args.batch,
         rounds=usual[2] if args.rounds is None else args.rounds,
         seed=args.seed,
-        out=None if args.out is None else Path(args.out),
-        command=" ".join(["llava-hd", *sys.argv[1:]]),
+        out=out_folder(args),
+        command=command_line(),
     )
-    progress = Console(stderr=True, highlight=False)
-
-    def say(text: str) -> None:
-        progress.print(text, markup=False, soft_wrap=True)
-
-    record, out = run_benchmark(request, say)
-    if args.json:
-        shown = {key: record[key] for key in ("files", "pixels", "rows", "ratios", "parts")}
-        print(json.dumps(shown, indent=1, allow_nan=False))
-    else:
-        _print(Console(), record)
-    say(f"results: {out / RECORD}")
-    return 0
+    shown = ("files", "pixels", "rows", "ratios", "parts")
+    return measure_and_show(partial(run_benchmark, request), _print, args, shown, RECORD)
 
 
 def _print(console: Console, record: dict[str, Any]) -> None:

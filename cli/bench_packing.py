@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from argparse import Namespace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..hd.errors import UsageError
+from .bench_output import command_line, measure_and_show, out_folder
 from .parser import Parser
 
 DESCRIPTION = """Train a nano HD model with token-budget packs, with batches padded to their longest
@@ -50,28 +48,11 @@ def run(args: Namespace) -> int:
         step_samples=usual[0] if args.step_samples is None else args.step_samples,
         steps=usual[1] if args.steps is None else args.steps,
         seed=args.seed,
-        out=None if args.out is None else _folder(args.out),
-        command=" ".join(["llava-hd", *sys.argv[1:]]),
+        out=out_folder(args),
+        command=command_line(),
     )
-    progress = Console(stderr=True, highlight=False)
-
-    def say(text: str) -> None:
-        progress.print(text, markup=False, soft_wrap=True)
-
-    record, out = run_benchmark(request, say)
-    if args.json:
-        shown = {key: record[key] for key in ("lengths", "rows", "ratios")}
-        print(json.dumps(shown, indent=1, allow_nan=False))
-    else:
-        _print(Console(), record)
-    say(f"results: {out / RECORD}")
-    return 0
-
-
-def _folder(name: str) -> Path:
-    if not name:
-        raise UsageError("--out is empty; give a folder")
-    return Path(name)
+    shown = ("lengths", "rows", "ratios")
+    return measure_and_show(partial(run_benchmark, request), _print, args, shown, RECORD)
 
 
 def _print(console: Console, record: dict[str, Any]) -> None:

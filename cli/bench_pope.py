@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..hd.errors import UsageError
+from .bench_output import command_line, measure_and_show, out_folder
 from .eval_pope import DTYPES, device_and_dtype
 from .parser import Parser
 
@@ -53,8 +53,6 @@ def build_parser(command: str) -> Parser:
 
 def run(args: Namespace) -> int:
     """Measure, write the results, print the table (or JSON)."""
-    if args.out is not None and not args.out:
-        raise UsageError("--out is empty; give a folder")
     if args.model is not None and args.size is not None:
         raise UsageError("--size is for random weights; leave it or --model out")
     if args.dtype not in DTYPES:
@@ -77,22 +75,11 @@ def run(args: Namespace) -> int:
         device=device,
         dtype=dtype,
         seed=args.seed,
-        out=None if args.out is None else Path(args.out),
-        command=" ".join(["llava-hd", *sys.argv[1:]]),
+        out=out_folder(args),
+        command=command_line(),
     )
-    progress = Console(stderr=True, highlight=False)
-
-    def say(text: str) -> None:
-        progress.print(text, markup=False, soft_wrap=True)
-
-    record, out = run_benchmark(request, say)
-    if args.json:
-        shown = {key: record[key] for key in ("model", "check", "rows", "ratios", "targets")}
-        print(json.dumps(shown, indent=1, allow_nan=False))
-    else:
-        _print(Console(), record)
-    say(f"results: {out / RECORD}")
-    return 0
+    shown = ("model", "check", "rows", "ratios", "targets")
+    return measure_and_show(partial(run_benchmark, request), _print, args, shown, RECORD)
 
 
 def _print(console: Console, record: dict[str, Any]) -> None:

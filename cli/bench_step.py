@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench.step_options import DESCRIPTION, EXAMPLES, OURS, add_options, request_of
+from .bench_output import command_line
 from .parser import Parser
 
 FIGURES = ("useful tokens/s", "images/s", "MFU", "peak MiB", "loading", "padding", "loss differs")
@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
 
     from ..bench.step import finish
 
-    command = " ".join(["llava-hd", *sys.argv[1:]])
+    command = command_line()
     request = request_of(args, command, torch.cuda.is_available())
     return finish(request, args.json, lambda record: _print(Console(), record))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from importlib.util import find_spec
 
 from ..hd.errors import LlavaHDError, UsageError
+from .bench_output import command_line
 from .parser import Parser
 
 
@@ -32,7 +32,7 @@ def run(args: Namespace) -> int:
     from ..bench.tune import sizes_of, tune_device
 
     try:
-        tune_device(sizes_of(args), args.out, " ".join(["llava-hd", *sys.argv[1:]]), print)
+        tune_device(sizes_of(args), args.out, command_line(), print)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return 0
