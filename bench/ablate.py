@@ -27,6 +27,7 @@ from ..train.recipe import config_values, config_yaml, load_config
 from .ablate_plan import Plan, Variant
 from .files import check_out, write_json, write_whole
 from .nano_steps import (
+    DONE,
     EVAL,
     TRAINING,
     Progress,
@@ -230,8 +231,9 @@ def run_plan(
     """
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / PLAN_FILE, plan.to_dict())
-    for data, run in {run.data: run for run in runs if not run.is_done}.items():
-        _draw(plan, run.seed, data, lambda share, run=run: progress("data", run.name, share))
+    for data, seed in {run.data: run.seed for run in runs if not run.is_done}.items():
+        _draw(plan, seed, data, lambda share, seed=seed: progress("data", f"seed {seed}", share))
+    progress("data", DONE, 1.0)
     for run in runs:
         for path, text in run.recipes.items():
             path.parent.mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ TRAINING = ("pretrain", "finetune")
 EVAL, DONE = "eval", "done"
 QUESTIONS_PER_SCENE = 18  # six in each of three splits
 POLL_SECONDS = 0.3
-# (chain, step, how much of the step is done from 0 to 1); after a chain's last step (chain, DONE, 1)
+# (chain, step, how much of it is done from 0 to 1); behind a chain's last step (chain, DONE, 1)
 Progress = Callable[[str, str, float], None]
 Seconds = dict[str, dict[str, float]]  # chain -> step -> seconds
 
@@ -126,6 +126,8 @@ def run_steps(
                 if free and steps and steps[0].may_start:
                     step = steps.pop(0)
                     running[name] = (step, _start(step, threads), time.monotonic())
+            if not running:
+                raise LlavaHDError(f"{command}: {_stuck(waiting)}")
             for name, (step, process, start) in list(running.items()):
                 code = process.poll()
                 progress(name, step.name, step.share)
@@ -166,6 +168,13 @@ def _start(step: Step, threads: int) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             env=environment,
         )
+
+
+def _stuck(waiting: Mapping[str, Sequence[Step]]) -> str:
+    """Why none of the waiting chains may go on."""
+    name, step = next((name, steps[0]) for name, steps in waiting.items() if steps)
+    missing = next(path for path in step.needs if not path.is_file())
+    return f"{name} {step.name} waits for {missing}, which no step here makes; run all variants"
 
 
 def _failure(command: str, chain: str, step: Step, code: int) -> str:

@@ -61,7 +61,8 @@ def conversation(
     rng: random.Random, words: Sequence[str], pairs: int, prompt: str = RESPONSE_PROMPT
 ) -> list[tuple[str, str]]:
     """Rounds of question and answer. As in LLaVA's mixture the response prompt stands in the
-    first question only ("" leaves it out); one conversation in four ends with the list of all objects."""
+    first question only ("" leaves it out); one conversation in four ends with the list of all
+    objects."""
     rounds = [
         (exist_question(word), "Yes" if word in words else "No")
         for word in choose_asked(rng, words, pairs)

@@ -135,7 +135,8 @@ STEP_NAMES = ("pretrain", "finetune", "eval")
 
 def _report(plan: Plan, out: Path, args: Namespace, console: Console, seconds: float) -> int:
     """The report of all variants that are done; a sentence where they are too few."""
-    from ..bench.ablate_report import find_results, write_ablations
+    from ..bench.ablate_report import write_ablations
+    from ..bench.ablate_results import find_results
 
     results = find_results(plan, out)
     if results is None:

@@ -169,7 +169,7 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     if is_dataclass(kind):
         return build(kind, value, f"{name}.")
     if origin is Literal:
-        if value not in options or isinstance(value, bool):
+        if not any(type(value) is type(option) and value == option for option in options):
             choices = [str(option) for option in options]
             raise UsageError(f"{name} {value!r} is unknown; {suggest(str(value), choices)}")
         return value
