@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def _run_of(plan: Plan, name: str, seed: int, out: Path) -> Run:
     words = [] if variant.format_prompt else ["--prompt", ""]
     log = out / "logs" / f"seed{seed}-{pope.name}.log"
     steps.append(pope_step(folders[1], data, pope, log, plan.test_scenes, words))
-    return Run(name, seed, variant.resolution, data, *folders, pope, steps, recipes)
+    stage1, stage2 = folders
+    return Run(name, seed, variant.resolution, data, stage1, stage2, pope, steps, recipes)
 
 
 def _stage_config(
@@ -232,7 +234,7 @@ def run_plan(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / PLAN_FILE, plan.to_dict())
     for data, seed in {run.data: run.seed for run in runs if not run.is_done}.items():
-        _draw(plan, seed, data, lambda share, seed=seed: progress("data", f"seed {seed}", share))
+        _draw(plan, seed, data, partial(progress, "data", f"seed {seed}"))
     progress("data", DONE, 1.0)
     for run in runs:
         for path, text in run.recipes.items():

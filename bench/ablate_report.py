@@ -134,8 +134,8 @@ def _run_section(results: Results, where: Mapping[str, Any]) -> Section:
         ("command", f"`{where['command']}`"),
         (
             "time",
-            f"{results.process_seconds / 60:.0f} min over all processes, {where['device']} "
-            f"({where['cores']} cores, shared with other work)",
+            f"{results.process_seconds / 60:.0f} min, all processes one after another; several ran "
+            f"side by side on {where['cores']} cores, {where['device']}",
         ),
     ]
     small = Note(

@@ -98,7 +98,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
 def _dry_run(plan: Plan, runs: Sequence[Run], out: Path, args: Namespace) -> int:
     """List the runs with what is left of them; the time is that of `--jobs` processes."""
     from ..bench.ablate import TIMES_FILE, estimated_seconds
-    from ..bench.nano_steps import read_seconds
+    from ..bench.nano_steps import EVAL, TRAINING, read_seconds
 
     left = estimated_seconds(runs, read_seconds(out / TIMES_FILE))
     entries = [
@@ -118,8 +118,9 @@ def _dry_run(plan: Plan, runs: Sequence[Run], out: Path, args: Namespace) -> int
     table = Table(title=f"{len(runs)} runs, {plan.test_scenes} held-out scenes")
     for title in ("run", "stage 1", "stage 2", "questions", "left"):
         table.add_column(title, justify="left" if title == "run" else "right")
-    for run, entry in zip(runs, entries, strict=True):
-        counts = [str(entry["steps"].get(name, "shared")) for name in STEP_NAMES]
+    for run in runs:
+        totals = {step.name: str(step.total) for step in run.steps}
+        counts = [totals.get(name, "shared") for name in (*TRAINING, EVAL)]
         table.add_row(run.name, *counts, "done" if run.is_done else f"{left[run.name]:.0f} s")
     console = Console()
     console.print(table)
@@ -128,9 +129,6 @@ def _dry_run(plan: Plan, runs: Sequence[Run], out: Path, args: Namespace) -> int
         highlight=False,
     )
     return 0
-
-
-STEP_NAMES = ("pretrain", "finetune", "eval")
 
 
 def _report(plan: Plan, out: Path, args: Namespace, console: Console, seconds: float) -> int:
