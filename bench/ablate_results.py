@@ -110,7 +110,7 @@ class Results:
         return sum(sum(self.seconds.get(run.name, {}).values()) for run in self.runs)
 
 
-def find_results(plan: Plan, out: Path) -> Results | None:
+def find_results(plan: Plan, out: Path, resamples: int = 10_000) -> Results | None:
     """What is done of a plan; None before the first variant and another are done.
 
     The scores are those of `out`, whatever command made them: its folders are named by what they
@@ -124,7 +124,7 @@ def find_results(plan: Plan, out: Path) -> Results | None:
     done = [run for run in runs if run.variant in names]
     answers = {name: [_answers(run) for run in done if run.variant == name] for name in names}
     together = {name: [x for one in parts for x in one] for name, parts in answers.items()}
-    comparison = compare(together, seed=0)
+    comparison = compare(together, resamples=resamples, seed=0)
     f1 = {
         name: tuple(score_table(one)[MEAN]["f1"] for one in parts)
         for name, parts in answers.items()

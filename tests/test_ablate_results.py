@@ -81,7 +81,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_scores_and_differences_are_those_of_the_answers(out: Path) -> None:
-    results = find_results(PLAN, out)
+    results = find_results(PLAN, out, 500)
     assert results is not None and not results.missing
     for name in PLAN.variants:
         each = [mean_f1(answers(name, seed)) for seed in PLAN.seeds]
@@ -106,12 +106,12 @@ def test_scores_and_differences_are_those_of_the_answers(out: Path) -> None:
 
 def test_only_what_is_done_is_reported(out: Path) -> None:
     more = replace(PLAN, variants={**PLAN.variants, "half": Variant(data_share=0.5)})
-    results = find_results(more, out)
+    results = find_results(more, out, 500)
     assert results is not None and results.missing == ("half",) and "half" not in results.f1
     first = {"half": Variant(data_share=0.5), **PLAN.variants}
-    assert find_results(replace(PLAN, variants=first), out) is None
-    assert find_results(replace(PLAN, seeds=(0, 1, 2)), out) is None
-    alone = find_results(replace(PLAN, seeds=(1,)), out)
+    assert find_results(replace(PLAN, variants=first), out, 500) is None
+    assert find_results(replace(PLAN, seeds=(0, 1, 2)), out, 500) is None
+    alone = find_results(replace(PLAN, seeds=(1,)), out, 500)
     assert alone is not None and alone.effects["no-view"].verdict == ONE_SEED
 
 
@@ -151,7 +151,7 @@ def test_what_stands_beside_the_paper() -> None:
 
 
 def test_the_report_says_the_same_in_every_form(out: Path, tmp_path: Path) -> None:
-    results = find_results(PLAN, out)
+    results = find_results(PLAN, out, 500)
     assert results is not None
     page, record = tmp_path / "docs" / "page.md", tmp_path / "results" / "r.json"
     values = write_ablations(results, out, "llava-hd ablate x", page, record)
