@@ -50,13 +50,15 @@ PLACES = frozenset({"data.path", "model.projector_from"})
 RECIPES = {448: "nano-hd", 336: "nano-base", 224: "nano-base"}
 SMALL_TOWER, SMALL_PX = "shipped:tower56", 56
 
-# Seconds of a step of training, and of a question of POPE, with one thread of an AMD EPYC beside
-# another such process: what --dry-run estimates with before anything was measured here.
+# Seconds of a step of training, of a question of POPE, and of any command's start, with one thread
+# of an AMD EPYC beside another such process: what --dry-run estimates with before anything was
+# measured here.
 USUAL: dict[tuple[str, int], float] = {
-    ("pretrain", 448): 0.085, ("finetune", 448): 0.64, (EVAL, 448): 0.006,
-    ("pretrain", 336): 0.104, ("finetune", 336): 0.53, (EVAL, 336): 0.004,
-    ("pretrain", 224): 0.085, ("finetune", 224): 0.45, (EVAL, 224): 0.004,
+    ("pretrain", 448): 0.07, ("finetune", 448): 0.60, (EVAL, 448): 0.005,
+    ("pretrain", 336): 0.09, ("finetune", 336): 0.49, (EVAL, 336): 0.003,
+    ("pretrain", 224): 0.07, ("finetune", 224): 0.43, (EVAL, 224): 0.003,
 }  # fmt: skip
+START_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -208,19 +210,20 @@ def check_folder(out: Path) -> None:
 def estimated_seconds(runs: Sequence[Run], measured: Seconds) -> dict[str, float]:
     """By run, what is left of it in seconds of one process: at the speed of equal steps that were
     measured here, else at the usual one."""
-    rates = dict(USUAL)
+    here: dict[tuple[str, int], float] = {}  # per step, the start included
     for run in runs:
         for step in run.steps:
             taken = measured.get(run.name, {}).get(step.name)
             if taken and step.is_done:
-                rates[step.name, run.resolution] = taken / step.total
+                here[step.name, run.resolution] = taken / step.total
+
+    def left(run: Run, step: Step) -> float:
+        kind = step.name, run.resolution
+        to_do = (1 - step.share) * step.total
+        return to_do * here[kind] if kind in here else START_SECONDS + to_do * USUAL[kind]
+
     return {
-        run.name: sum(
-            (1 - step.share) * step.total * rates[step.name, run.resolution]
-            for step in run.steps
-            if not step.is_done
-        )
-        for run in runs
+        run.name: sum(left(run, step) for step in run.steps if not step.is_done) for run in runs
     }
 
 
