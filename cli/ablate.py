@@ -125,7 +125,8 @@ def _dry_run(plan: Plan, runs: Sequence[Run], out: Path, args: Namespace) -> int
     console = Console()
     console.print(table)
     console.print(
-        f"about {minutes:.0f} min with {args.jobs} jobs on idle cores (without drawing scenes)",
+        f"about {minutes:.0f} min with {args.jobs} jobs, at the speed of what is done in {out}, or "
+        "of idle cores where nothing is; drawing the scenes is not in it",
         highlight=False,
     )
     return 0
