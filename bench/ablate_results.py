@@ -72,13 +72,14 @@ class Effect:
             return "several choices at once"
         if self.paper.effect == "none":
             return "the paper reports nothing"
-        clear = self.verdict in CLEAR
-        worse = self.estimate.value < 0
         if self.paper.effect == "mixed":
             return "the paper's benchmarks differ among themselves"
-        if not clear:
+        if self.verdict == NOISE:
             same = self.paper.effect == "equal"
             return "no difference shown, as in the paper" if same else "not shown here"
+        if self.verdict not in CLEAR:
+            return "undecided here"
+        worse = self.estimate.value < 0
         as_there = worse and self.paper.effect == "worse"
         return "as in the paper" if as_there else "contrary to the paper"
 

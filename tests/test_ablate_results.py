@@ -145,6 +145,8 @@ def test_what_stands_beside_the_paper() -> None:
     assert effect(*worse, DATA).beside_paper == "contrary to the paper"
     assert effect(*better, DATA).beside_paper == "contrary to the paper"
     assert effect(*nothing, DATA).beside_paper == "no difference shown, as in the paper"
+    assert effect(0.1, 0.2, [0.2], DATA).beside_paper == "undecided here"
+    assert effect(0.1, 0.2, [0.2, -0.1], GLOBAL_VIEW).beside_paper == "undecided here"
     assert effect(*worse, ROW_ENDS).beside_paper == "the paper reports nothing"
     assert "differ among" in effect(*worse, FORMAT_PROMPT).beside_paper
     assert effect(*worse).beside_paper == "several choices at once"
