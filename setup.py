@@ -35,7 +35,7 @@ setup(
         "llava_hd.kernels": ["blocks/*.json"],
         "llava_hd.train": ["recipes/*.yaml", "mixtures/*.yaml", "examples/*.yaml"],
         "llava_hd.model": ["shipped/*", "shipped/*/*"],
-        "llava_hd.bench": ["templates/*"],
+        "llava_hd.bench": ["templates/*", "plans/*.yaml"],
     },
     install_requires=[
         "torch>=2.11",

@@ -123,9 +123,16 @@ def bar_chart(
 
 
 def difference_chart(
-    title: str, rows: Sequence[tuple[str, Estimate]], x_label: str, name: str = ""
+    title: str,
+    rows: Sequence[tuple[str, Estimate]],
+    x_label: str,
+    name: str = "",
+    dots: Sequence[Sequence[float]] = (),
 ) -> Chart:
-    """One row per (name, difference): the point, its 95 % interval, the line of no difference."""
+    """One row per (name, difference): the point, its 95 % interval, the line of no difference.
+
+    dots: for each row, single differences (of one seed each) that the point stands for.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(7.2, 0.9 + 0.34 * len(rows), title)
         axes.axvline(0, color=INK, linewidth=1, alpha=0.6)
@@ -134,6 +141,8 @@ def difference_chart(
             y = len(rows) - place
             axes.plot(e.span, [y, y], color=colour, linewidth=2.4)
             axes.plot([e.value], [y], "o", color=colour, markersize=6)
+            for value in dots[place] if dots else ():
+                axes.plot([value], [y - 0.22], "|", color=INK, markersize=6, alpha=0.7)
             axes.annotate(
                 interval(e, signed=True),
                 (1.02, y),

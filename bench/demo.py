@@ -12,31 +12,23 @@ order, the same number of steps, and towers that were trained equally long.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..hd.errors import LlavaHDError, UsageError
-from ..train.checkpoint_state import STATE_FILE
+from ..hd.errors import UsageError
 from .charts import line_chart
 from .compare import ALL, MEAN, Comparison, compare
 from .compare_report import comparison_json, comparison_sections, write_charts
 from .compare_sizes import BOXES, by_size
 from .contestants import read_contestant
 from .files import write_json
+from .nano_steps import TRAINING, Seconds, Step, pope_step, train_step
 from .report import Facts, Note, Section, Table, write_report
 
 MODELS = ("base", "hd")
 SETTINGS_FILE = "demo.json"
-QUESTIONS_PER_SCENE = 18  # six in each of three splits
-POLL_SECONDS = 0.3
-# (chain, step, how much of the step is done from 0 to 1)
-Progress = Callable[[str, str, float], None]
+TIMES_FILE = "seconds.json"
 
 
 @dataclass(frozen=True)
@@ -57,31 +49,6 @@ class DemoSettings:
                 raise UsageError(f"demo: --{option} must be 1 or more, not {value}")
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command of a chain.
-
-    done: the file that exists once it has finished. log: its output. progress: the file whose
-    lines count what is done, out of `total`.
-    """
-
-    name: str
-    words: Sequence[str]
-    done: Path
-    log: Path
-    progress: Path
-    total: int
-
-    @property
-    def share(self) -> float:
-        """How much is done, 0 to 1."""
-        if self.done.is_file():
-            return 1.0
-        if not self.progress.is_file():
-            return 0.0
-        return min(1.0, self.progress.read_bytes().count(b"\n") / self.total)
-
-
 def check_folder(out: Path, settings: DemoSettings) -> None:
     """An empty or new folder, or one that a demo with the same settings began."""
     record = out / SETTINGS_FILE
@@ -99,93 +66,24 @@ def check_folder(out: Path, settings: DemoSettings) -> None:
 
 def chain(model: str, out: Path, settings: DemoSettings) -> list[Step]:
     """The steps of one model, in order."""
-    data = out / "data"
-    stages = {
-        "pretrain": (out / model / "stage1", settings.steps_1),
-        "finetune": (out / model / "stage2", settings.steps_2),
-    }
+    data, logs = out / "data", out / "logs"
+    folders = {stage: out / model / f"stage{n}" for n, stage in enumerate(TRAINING, start=1)}
+    counts = dict(zip(TRAINING, (settings.steps_1, settings.steps_2), strict=True))
     steps = []
-    for stage, (folder, count) in stages.items():
-        words = [stage, "--config", f"nano-{model}", "--output_dir", str(folder)]
+    for stage, folder in folders.items():
+        words = ["--config", f"nano-{model}", "--output_dir", str(folder)]
         words += ["--data.path", str(data / f"{stage}.json"), "--data.images", str(data / "images")]
-        words += ["--max_steps", str(count), "--seed", str(settings.seed), "--resume", "auto"]
+        words += ["--max_steps", str(counts[stage]), "--seed", str(settings.seed)]
+        words += ["--resume", "auto"]
         if stage == "finetune":
-            words += ["--model.projector_from", str(stages["pretrain"][0])]
-        log = out / "logs" / f"{model}-{stage}.log"
-        steps.append(Step(stage, words, folder / STATE_FILE, log, folder / "metrics.jsonl", count))
-    pope = out / model / "pope"
-    questions = sorted(str(path) for path in (data / "pope").glob("*.json"))
-    words = ["eval", "pope", "--model", str(stages["finetune"][0]), "--questions", *questions]
-    words += ["--images", str(data / "images"), "--out", str(pope), "--batch-size", "72"]
-    words += ["--max-new-tokens", "8"]
-    log = out / "logs" / f"{model}-eval.log"
-    total = QUESTIONS_PER_SCENE * settings.test_scenes
-    steps.append(Step("eval", words, pope / "scores.json", log, pope / "answers.jsonl", total))
-    return steps
+            words += ["--model.projector_from", str(folders["pretrain"])]
+        log = logs / f"{model}-{stage}.log"
+        steps.append(train_step(stage, words, folder, log, counts[stage]))
+    out_pope, log = out / model / "pope", logs / f"{model}-eval.log"
+    return [*steps, pope_step(folders["finetune"], data, out_pope, log, settings.test_scenes)]
 
 
-def run_chains(chains: dict[str, list[Step]], progress: Progress) -> dict[str, dict[str, float]]:
-    """Run the chains side by side; returns the seconds of each step that was run.
-
-    When a step fails the other chains are stopped and LlavaHDError names the step and its log.
-    """
-    waiting = {name: [s for s in steps if not s.done.is_file()] for name, steps in chains.items()}
-    threads = max(1, len(os.sched_getaffinity(0)) // len(chains))
-    running: dict[str, tuple[Step, subprocess.Popen[bytes], float]] = {}
-    seconds: dict[str, dict[str, float]] = {name: {} for name in chains}
-    try:
-        while running or any(waiting.values()):
-            for name, steps in waiting.items():
-                if name not in running and steps:
-                    step = steps.pop(0)
-                    running[name] = (step, _start(step, threads), time.monotonic())
-            for name, (step, process, start) in list(running.items()):
-                code = process.poll()
-                progress(name, step.name, step.share)
-                if code is None:
-                    continue
-                if code or not step.done.is_file():
-                    raise LlavaHDError(_failure(name, step, code))
-                seconds[name][step.name] = round(time.monotonic() - start, 1)
-                del running[name]
-            time.sleep(POLL_SECONDS)
-    finally:
-        for _, process, _ in running.values():
-            process.terminate()
-            process.wait()
-    return seconds
-
-
-def _start(step: Step, threads: int) -> subprocess.Popen[bytes]:
-    step.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "DS_ACCELERATOR": "cpu",
-        # glibc keeps freed memory: handing pages back costs small models a tenth of a step.
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    }
-    with step.log.open("ab") as log:
-        log.write(f"$ llava-hd {' '.join(step.words)}\n".encode())
-        log.flush()
-        return subprocess.Popen(
-            [sys.executable, "-m", "llava_hd.cli.main", *step.words],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-
-
-def _failure(chain_name: str, step: Step, code: int) -> str:
-    lines = step.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = lines[-1] if lines else "no output"
-    return f"demo: {chain_name} {step.name} ended with code {code}: {last} (all of it: {step.log})"
-
-
-def write_demo_report(
-    out: Path, settings: DemoSettings, seconds: dict[str, dict[str, float]]
-) -> dict[str, Any]:
+def write_demo_report(out: Path, settings: DemoSettings, seconds: Seconds) -> dict[str, Any]:
     """Compare the two models and write report.json and report.html; returns report.json's values.
 
     report.json: `models` -> scores by split, `comparison` (bench/compare.py), `demo`.
@@ -224,9 +122,7 @@ def write_demo_report(
     return report
 
 
-def _job_section(
-    settings: DemoSettings, comparison: Comparison, seconds: dict[str, dict[str, float]]
-) -> Section:
+def _job_section(settings: DemoSettings, comparison: Comparison, seconds: Seconds) -> Section:
     intro = (
         "Scenes with small objects were drawn, two models trained on them in two stages with "
         "DeepSpeed, and both asked which objects held-out scenes hold (POPE)."

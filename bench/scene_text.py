@@ -57,15 +57,18 @@ def choose_asked(rng: random.Random, words: Sequence[str], pairs: int) -> list[s
     return asked
 
 
-def conversation(rng: random.Random, words: Sequence[str], pairs: int) -> list[tuple[str, str]]:
+def conversation(
+    rng: random.Random, words: Sequence[str], pairs: int, prompt: str = RESPONSE_PROMPT
+) -> list[tuple[str, str]]:
     """Rounds of question and answer. As in LLaVA's mixture the response prompt stands in the
-    first question only; one conversation in four ends with the list of all objects."""
+    first question only ("" leaves it out); one conversation in four ends with the list of all
+    objects."""
     rounds = [
         (exist_question(word), "Yes" if word in words else "No")
         for word in choose_asked(rng, words, pairs)
     ]
     question, answer = rounds[0]
-    rounds[0] = (question + RESPONSE_PROMPT, answer)
+    rounds[0] = (question + prompt, answer)
     if rng.random() < 0.25:
         rounds.append((LIST_QUESTION, enumeration(words)))
     return rounds

@@ -3,6 +3,7 @@
     OUT/images/{caption,train,test}_000000.png
     OUT/pretrain.json                       captions of caption_*, LLaVA's JSON
     OUT/finetune.json                       questions and answers on train_*, LLaVA's JSON
+    OUT/finetune_unprompted.json            the same without the response prompt, for the ablations
     OUT/pope/nano_pope_{random,popular,adversarial}.json    held-out scenes, POPE's JSON lines
     OUT/boxes.json                          image -> objects with their boxes
 
@@ -26,10 +27,11 @@ import torch
 
 from ..hd.image import save_png
 from .drawing import WORDS, Scene, SceneStyle, Window, draw_scene, render
-from .scene_text import caption, conversation, exist_question
+from .scene_text import RESPONSE_PROMPT, caption, conversation, exist_question
 
 SPLITS = ("random", "popular", "adversarial")
 QUESTIONS_EACH = 3  # present and absent words asked of one image
+UNPROMPTED = "finetune_unprompted.json"
 PAIRS = 12  # at most so many questions in one instruction
 
 # Smaller objects than in the towers' training (16 to 56 px): 14 px are 5 px in the base model's
@@ -123,12 +125,20 @@ def caption_records(scenes: Sequence[Scene], seed: int) -> list[dict[str, Any]]:
     return records
 
 
-def instruction_records(scenes: Sequence[Scene], seed: int) -> list[dict[str, Any]]:
+def write_unprompted(out: Path, train: int, seed: int) -> None:
+    """Write `out`/finetune_unprompted.json: finetune.json without the response format prompt."""
+    scenes = [dataset_scene(seed, "train", i) for i in range(train)]
+    _write_json(out / UNPROMPTED, instruction_records(scenes, seed, prompt=""))
+
+
+def instruction_records(
+    scenes: Sequence[Scene], seed: int, prompt: str = RESPONSE_PROMPT
+) -> list[dict[str, Any]]:
     """Stage 2: some questions and answers on each of the "train" scenes, in LLaVA's JSON."""
     records = []
     for index, scene in enumerate(scenes):
         rng = scene_rng(seed, "train", index, "instruction")
-        records.append(_record("train", index, conversation(rng, scene.words, PAIRS)))
+        records.append(_record("train", index, conversation(rng, scene.words, PAIRS, prompt)))
     return records
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .parser import Parser
+from .step_bars import StepBars
 
 if TYPE_CHECKING:
     from ..bench.demo import DemoSettings
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Run what is not done yet, write the report, print the table."""
     from ..bench import demo
     from ..bench.files import write_json
+    from ..bench.nano_steps import run_steps
     from ..bench.scenes import draw_dataset
 
     given = {name: getattr(args, name) for name in DEMO_OPTIONS if getattr(args, name) is not None}
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / demo.SETTINGS_FILE, asdict(settings))
-    with _bars(console) as show:
+    with StepBars(console) as show:
         if not (out / "data" / "boxes.json").is_file():
             draw_dataset(
                 out / "data",
@@ -63,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
             )
         show("data", "scenes", 1.0)
         chains = {model: demo.chain(model, out, settings) for model in demo.MODELS}
-        seconds = demo.run_chains(chains, show)
-    report = demo.write_demo_report(out, settings, _remembered(out, seconds))
+        times = out / demo.TIMES_FILE
+        seconds = run_steps(chains, len(chains), times, show, "demo")
+    report = demo.write_demo_report(out, settings, seconds)
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -73,52 +75,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 DEMO_OPTIONS = ("seed", "train_scenes", "test_scenes", "steps_1", "steps_2")
-
-
-def _remembered(out: Path, seconds: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """The times of all steps: those of this run, and of earlier ones for steps not run again."""
-    from ..bench.files import write_json
-
-    path = out / "seconds.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    merged = {name: {**old.get(name, {}), **steps} for name, steps in seconds.items()}
-    write_json(path, merged)
-    return merged
-
-
-class _bars:  # noqa: N801 (a context manager that is called like a function)
-    """One bar per chain; plain lines, one per step, where there is no terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.tasks: dict[str, Any] = {}
-        self.said: set[tuple[str, str]] = set()
-        self.progress = Progress(
-            TextColumn("{task.description:<6}"),
-            TextColumn("{task.fields[step]:<9}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> _bars:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, chain: str, step: str, share: float) -> None:
-        if not self.console.is_terminal:
-            if (chain, step) not in self.said:
-                self.said.add((chain, step))
-                self.console.print(f"{chain}: {step}")
-            return
-        if chain not in self.tasks:
-            self.tasks[chain] = self.progress.add_task(chain, total=1.0, step=step)
-        self.progress.update(self.tasks[chain], completed=share, step=step)
 
 
 def _print(report: dict[str, Any], out: Path, settings: DemoSettings, seconds: float) -> None:

@@ -22,6 +22,10 @@ from ..hd.errors import Interrupted, LlavaHDError, UsageError
 # Words of the command -> (module in cli/, what it does in one line).
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("demo",): ("demo", "the whole job at nano size: data, two stages, two models, comparison"),
+    ("ablate",): (
+        "ablate",
+        "train variants of the nano recipe by a plan, beside the paper's tables",
+    ),
     ("tile",): ("tile", "draw what the model sees of an image, and count its tokens"),
     ("chat",): ("chat", "talk with a model about images, in the terminal or in a pipe"),
     ("pretrain",): ("train", "stage 1: train the projector and the row-end token"),

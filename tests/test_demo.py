@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_hd.bench.demo import MODELS, DemoSettings, Step, chain, check_folder, run_chains
+from llava_hd.bench.demo import MODELS, DemoSettings, chain, check_folder
+from llava_hd.bench.nano_steps import Step, read_seconds, run_steps
 from llava_hd.cli.main import main
 from llava_hd.hd.errors import LlavaHDError, UsageError
 
@@ -58,8 +59,10 @@ def test_both_models_get_the_same_data_steps_and_seed(tmp_path: Path) -> None:
 
 def test_a_failing_step_stops_the_demo_and_names_its_log(tmp_path: Path) -> None:
     bad = Step("tile", ["tile", "none.jpg"], tmp_path / "done", tmp_path / "l", tmp_path / "p", 1)
-    with pytest.raises(LlavaHDError, match=r"base tile ended with code 3: .*none\.jpg"):
-        run_chains({"base": [bad]}, lambda *_: None)
+    times = tmp_path / "seconds.json"
+    with pytest.raises(LlavaHDError, match=r"demo: base tile ended with code 3: .*none\.jpg"):
+        run_steps({"base": [bad]}, 1, times, lambda *_: None, "demo")
+    assert read_seconds(times)["base"]["tile"] > 0
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from llava_hd.hd.errors import LlavaHDError, UsageError
 from llava_hd.hd.plan import plan_image
 from llava_hd.model import export as export_module
 from llava_hd.model.chat_template import chat_template, messages
-from llava_hd.model.export import export_folder
+from llava_hd.model.export import export_folder, refuse_inexpressible
 from llava_hd.model.import_folder import import_folder
 from llava_hd.model.llava_hd import LlavaHD
 from llava_hd.model.packing import pack
@@ -216,6 +217,27 @@ def test_what_a_format_cannot_express_is_refused_with_what_can(
         export_folder(model, tmp_path / "out", format)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("format", "hd", "options", "words"),
+    [
+        ("llava_next", {"row_end": False}, {}, ["hd.row_end False", "preset hd448 or hdflex"]),
+        ("llava", {"row_end": False}, {}, ["hd.row_end False", "preset hd448 or hdflex"]),
+        ("llava_next", {"global_view": "none"}, {}, ["hd.global_view 'none'", "preset hd448"]),
+        ("llava", {"global_view": "none"}, {}, ["hd.global_view 'none'", "preset hd448"]),
+        ("llava_next", {}, {"projector": "linear"},
+         ["model.projector linear", "--format llava can"]),
+    ],
+)  # fmt: skip
+def test_what_an_ablation_leaves_out_is_refused_where_a_format_takes_it_for_granted(
+    format: str, hd: dict[str, object], options: dict[str, str], words: list[str], tmp_path: Path
+) -> None:
+    config = Processor.from_pretrained(native(tmp_path / "model", "hd448")).config
+    changed = replace(config, hd=replace(config.hd, **hd), **options)
+    with pytest.raises(UsageError) as error:
+        refuse_inexpressible(changed, format)
+    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_a_difference_leaves_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,3 +232,50 @@ def test_the_content_counts_and_not_the_suffix(folder: Path, tmp_path: Path) -> 
         open_records([tmp_path / "none-{0..1}.tar"], None)
     with pytest.raises(UsageError, match="is a folder"):
         open_records([tmp_path], None)
+
+
+def test_a_share_of_the_records_is_drawn_by_the_seed_and_keeps_their_order(folder: Path) -> None:
+    whole = opened(folder, "json")
+    assert whole.share(1.0, 3) is whole
+    half, third = whole.share(0.5, 3), whole.share(0.3, 3)
+    assert (len(half), len(third), len(whole.share(0.01, 3))) == (6, 4, 1)
+    wheres = [record.where for record in whole]
+    found = [record.where for record in half]
+    assert found == sorted(found, key=wheres.index) and len(set(found)) == 6
+    assert {record.where for record in third} < set(found)
+    assert found == [record.where for record in whole.share(0.5, 3)]
+    assert any(found != [r.where for r in whole.share(0.5, seed)] for seed in range(4, 8))
+    digests = {x.digest() for x in (whole, half, third, whole.share(0.5, 4))}
+    assert len(digests) >= 3 and half.digest() == pickle.loads(pickle.dumps(half)).digest()
+    assert [half.has_image(i) for i in range(6)] == [bool(r.images) for r in half]
+    with pytest.raises(IndexError):
+        half[6]
+
+
+def test_only_the_images_of_the_share_are_looked_for(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image> where?"}, TURNS[1]]
+    records = [{"id": str(i), "image": f"{i}.png", "conversations": turns} for i in range(10)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    half = open_records([tmp_path / "data.json"], tmp_path).share(0.5, 0)
+    for record in half:
+        (tmp_path / record.images[0]).write_bytes(b"")
+    assert check_images(half) == 5
+    with pytest.raises(DataError):
+        check_images(open_records([tmp_path / "data.json"], tmp_path))
+
+
+def test_the_faults_of_a_share_have_its_places(tmp_path: Path) -> None:
+    records = [{"id": str(i), "conversations": TURNS if i % 2 else []} for i in range(10)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    half = open_records([tmp_path / "data.json"], None, tolerant=True).share(0.5, 1)
+    bad = set()
+    for place in range(len(half)):
+        try:
+            half[place]
+        except BadRecord as fault:
+            assert half.faults[place] == str(fault)
+            bad.add(place)
+    assert set(half.faults) == bad and 0 < len(bad) < 10
+
+
+TURNS = [{"from": "human", "value": "where?"}, {"from": "gpt", "value": "there"}]

@@ -150,6 +150,7 @@ def find_samples(config: TrainConfig, run: Outline, question: Question, done: Do
         if root and not Path(root).is_dir():
             raise UsageError(f"data.images {root} is not a folder")
         records = open_records(config.data.paths, root or None, tolerant=True)
+        records = records.share(config.data.share, config.seed)
     except UsageError as reason:
         hd, asked = run.model.config.hd, question
         return assumed_samples(

@@ -79,6 +79,7 @@ def prepare(config: TrainConfig, world_size: int, checkpoint: Path | None) -> Jo
         _check_writable("data.feature_cache", Path(config.data.feature_cache))
     tolerant = config.data.bad_samples != "error"
     records = open_records(config.data.paths, config.data.images or None, tolerant)
+    records = records.share(config.data.share, config.seed)
     num_images = None if tolerant else check_images(records)
     state = _state(config, world_size, records, checkpoint)
     if state.is_finished and not _is_same(checkpoint, config.output_dir):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -99,7 +99,7 @@ def load_config(
 def config_from(values: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
     """Checked values; UsageError names `where`, the setting and the remedy."""
     try:
-        return _build(TrainConfig, values, "")
+        return build(TrainConfig, values)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
 
@@ -132,7 +132,14 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _build(cls: Any, values: Any, prefix: str) -> Any:
+def build(
+    cls: Any, values: Any, prefix: str = "", hint: Callable[[str, list[str]], str] | None = None
+) -> Any:
+    """A dataclass of the values of a table, strictly: every key a field, every value of its type.
+
+    prefix: what the settings' names begin with in messages. hint: unknown key, known ones -> the
+    remedy; by default the nearest setting of a run. Raises UsageError.
+    """
     if not isinstance(values, Mapping):
         raise UsageError(f"{prefix.rstrip('.')} must be a table of settings")
     if cls is HDConfig:
@@ -141,7 +148,7 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
     known = [item.name for item in fields(cls)]
     for key in values:
         if key not in known:
-            raise UsageError(f"{prefix}{key} is not a setting; {_hint(str(key), known)}")
+            raise UsageError(f"{prefix}{key} is not a setting; {(hint or _hint)(str(key), known)}")
     for item in fields(cls):
         optional = item.default is not MISSING or item.default_factory is not MISSING
         if item.name not in values and not optional:
@@ -162,9 +169,9 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         return _first_fitting(options, value, name)
     if is_dataclass(kind):
-        return _build(kind, value, f"{name}.")
+        return build(kind, value, f"{name}.")
     if origin is Literal:
-        if value not in options or isinstance(value, bool):
+        if not any(type(value) is type(option) and value == option for option in options):
             choices = [str(option) for option in options]
             raise UsageError(f"{name} {value!r} is unknown; {suggest(str(value), choices)}")
         return value

@@ -102,6 +102,7 @@ class DataConfig:
 
     path: tuple[str, ...] | str = setting("", "JSON, JSON lines, Parquet, tar; several are joined")
     images: str = setting("", "folder of the images that records name; none if all stand in path")
+    share: float = setting(1.0, "of the records that are trained on, drawn by the run's seed")
     template: str | None = setting(None, "template of the samples; plain in stage 1 by default")
     batching: Literal["packs", "modality", "padded", "plain"] = setting(
         "packs",
@@ -132,6 +133,8 @@ class DataConfig:
         if not self.images and not all(path.endswith(INSIDE) for path in self.paths):
             raise UsageError("data.images is missing; give the root folder of the images")
         at_least("data.num_workers", self.num_workers, 0)
+        if not 0 < self.share <= 1:
+            raise UsageError(f"data.share must be above 0 and at most 1, not {self.share:g}")
         if self.feature_cache == "":
             raise UsageError("data.feature_cache is empty; give a folder, or leave it out")
         if self.feature_cache_gib is not None:

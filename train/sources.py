@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
+import numpy as np
+
 from ..hd.errors import DataError, UsageError
 from .record import BadRecord, Record
 from .records import check_images as check_files
@@ -23,6 +25,7 @@ from .sources_tar_index import index_shards
 from .workers import Done, silent
 
 BLOCK_BYTES = 1 << 20
+SHARE_DRAW = 1  # beside the seed, so that this draw is not that of the data order
 
 
 class JsonSource:
@@ -75,17 +78,35 @@ class RecordSet(Sequence[Record]):
 
     `records[i]` raises BadRecord (a DataError) with file, place, field and remedy where that one
     is bad.
+
+    chosen: ascending int64 `[n]`, the only records of the files that are in the sequence; all.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], chosen: np.ndarray | None = None) -> None:
         self.sources = tuple(sources)
+        self.chosen = chosen
         self._by_file = {str(source.path): source for source in sources}
         self._ends: list[int] = []
         for source in sources:
             self._ends.append(len(source) + (self._ends[-1] if self._ends else 0))
 
     def __len__(self) -> int:
+        return self._in_files if self.chosen is None else len(self.chosen)
+
+    @property
+    def _in_files(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    def share(self, share: float, seed: int) -> RecordSet:
+        """So large a share of the records (above 0, at most 1), at least one, in their order.
+
+        One seed's smaller share lies inside its larger one. A share of 1 is the set itself.
+        """
+        if share == 1:
+            return self
+        drawn = np.random.default_rng((seed, SHARE_DRAW)).permutation(len(self))
+        places = np.sort(drawn[: max(1, round(share * len(self)))])
+        return RecordSet(self.sources, places if self.chosen is None else self.chosen[places])
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -94,13 +115,16 @@ class RecordSet(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        source, within = self._find(index)
+        source, within = self.find(index)
         return source.record(within)
 
-    def _find(self, index: int) -> tuple[Source, int]:
+    def find(self, index: int) -> tuple[Source, int]:
+        """The file of a record, and its place there."""
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(f"record {index} of {len(self)}")
+        if self.chosen is not None:
+            place = int(self.chosen[place])
         number = bisect_right(self._ends, place)
         return self.sources[number], place - (self._ends[number - 1] if number else 0)
 
@@ -108,11 +132,14 @@ class RecordSet(Sequence[Record]):
     def faults(self) -> Mapping[int, str]:
         """The bad records that were found on reading JSON: index -> what is wrong."""
         starts = [0, *self._ends]
-        return {
+        found = {
             start + index: str(fault)
             for start, source in zip(starts, self.sources, strict=False)
             for index, fault in source.faults.items()
         }
+        if self.chosen is None:
+            return found
+        return {i: found[at] for i, at in enumerate(self.chosen.tolist()) if at in found}
 
     def locate(self, record: Record, number: int) -> ImagePlace:
         """Where an image of one of these records stands, `number` from 0."""
@@ -124,15 +151,17 @@ class RecordSet(Sequence[Record]):
 
     def has_image(self, index: int) -> bool:
         """Whether a record has images; of a bad one, whether any stand beside it."""
-        source, within = self._find(index)
+        source, within = self.find(index)
         return source.has_image(within)
 
     def digest(self) -> str:
         """SHA-256 over the files in order: of a JSON file its bytes, of a Parquet file name, size
-        and footer, of a shard name, size and table of members."""
+        and footer, of a shard name, size and table of members; and over the choice of records."""
         whole = hashlib.sha256()
         for source in self.sources:
             whole.update(source.digest())
+        if self.chosen is not None:
+            whole.update(self.chosen.astype("<i8").tobytes())
         return whole.hexdigest()
 
 
@@ -212,7 +241,8 @@ def check_images(records: RecordSet) -> int:
     """Make sure that every image of the good records is there; returns how many there are (of
     files, how many different ones).
 
-    Files are looked up in listings of their folders; images inside of data files are counted.
+    Files are looked up in listings of their folders; images inside of data files are counted, those
+    of records that are not chosen too.
     Raises UsageError without a folder for files, DataError naming the first bad record and the
     count of bad ones.
     """
@@ -222,13 +252,13 @@ def check_images(records: RecordSet) -> int:
         return inside
     root = _root_of(with_files)
     if root is None:
-        first = next((record for record in _good(with_files) if record.images), None)
+        first = next((record for record in _good(records) if record.images), None)
         if first is None:
             return inside
         raise UsageError(
             f"data.images is missing; {first.where} names image files, give their folder"
         )
-    return inside + check_files(_good(with_files), root)
+    return inside + check_files(_good(records), root)
 
 
 def _root_of(sources: Sequence[Source]) -> Path | None:
@@ -236,10 +266,13 @@ def _root_of(sources: Sequence[Source]) -> Path | None:
     return next(iter(roots))
 
 
-def _good(sources: Sequence[Source]) -> Iterator[Record]:
-    for source in sources:
-        for index in range(len(source)):
-            try:
-                yield source.record(index)
-            except BadRecord:
-                continue  # told on opening, or when it is due
+def _good(records: RecordSet) -> Iterator[Record]:
+    """The good records whose images are files."""
+    for index in range(len(records)):
+        source, within = records.find(index)
+        if not source.names_files:
+            continue
+        try:
+            yield source.record(within)
+        except BadRecord:
+            continue  # told on opening, or when it is due
