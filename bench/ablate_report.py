@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from ..hd.files import write_whole
 from .ablate_plan import Variant
 from .ablate_results import BEYOND, DISAGREE, NOISE, SAME_WAY, Effect, Results
 from .charts import difference_chart
 from .compare_report import CHARTS
 from .contestants import interval, show_p
-from .files import json_text, write_whole
+from .files import json_text
 from .measure import environment
 from .report import Chart, Facts, Note, Section, Table, chart_files, render
 from .report_markdown import markdown

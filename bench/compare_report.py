@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..hd.files import write_whole
 from .charts import bar_chart, difference_chart, square_chart
 from .compare import ALL, MEAN, METRICS, Comparison, Pair
 from .compare_gallery import (
@@ -25,7 +26,7 @@ from .contestants import (
     verdicts,
     warnings_of,
 )
-from .files import json_text, write_whole
+from .files import json_text
 from .mcnemar import ALPHA, TARGET
 from .pope import score_table
 from .question_sets import question_sets, questions_digest, questions_json

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..hd.errors import BatchItemError, DataError, UsageError
+from ..hd.files import write_whole
 from ..train.record_images import image_path, path_fault
 
 
@@ -82,6 +83,33 @@ def naming_question(asked: Sequence[tuple[str, Path | None]]) -> Iterator[None]:
         raise
 
 
+def find_images(asked: Iterable[tuple[str, str, str]], folder: Path) -> dict[str, Path]:
+    """The file of each image that is asked for, as (its name, file and line, who asks).
+
+    Raises UsageError without the folder, DataError naming image and place for one that is missing;
+    a name, or a link, that leads out of the folder is refused.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--images {folder} is not a folder; give the folder of the images")
+    found: dict[str, Path] = {}
+    missing: list[str] = []
+    for name, where, who in asked:
+        if name in found:
+            continue
+        try:
+            path = find_image(folder, name)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        if path is None:
+            missing.append(f"{folder / name}: no such image, asked for by {who}")
+        found[name] = path or folder / name
+    if missing:
+        raise DataError(
+            f"{missing[0]}; {len(missing)} of {len(found)} images are missing, check --images"
+        )
+    return found
+
+
 def check_out(out: Path) -> None:
     """Refuse, with UsageError, an --out that is a file, lies in one or cannot be written."""
     for place in (out, *out.parents):
@@ -96,16 +124,6 @@ def check_out(out: Path) -> None:
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write text as UTF-8, or bytes; a reader sees the old file or the new one, never a part."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def json_text(value: Any) -> str:

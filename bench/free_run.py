@@ -15,7 +15,7 @@ from typing import Any
 
 from ..hd.errors import DataError, UsageError
 from ..train.generate_journal import RUN, check_run
-from .files import drop_half_line, find_image, naming_question, read_json_lines
+from .files import drop_half_line, find_images, naming_question, read_json_lines
 from .pope_data import ANSWERS
 
 # images (None for a question without one), prompts -> answers
@@ -34,27 +34,7 @@ class Item:
 
 def item_images(items: Sequence[Item], folder: Path) -> dict[str, Path]:
     """Where each image is. UsageError without the folder, DataError naming a missing image."""
-    if not folder.is_dir():
-        raise UsageError(f"--images {folder} is not a folder; give the folder of the images")
-    found: dict[str, Path] = {}
-    missing: list[Item] = []
-    for item in items:
-        if item.image is None or item.image in found:
-            continue
-        try:
-            path = find_image(folder, item.image)
-        except DataError as error:
-            raise DataError(f"{item.where}: {error}") from error
-        if path is None:
-            missing.append(item)
-        found[item.image] = path or folder / item.image
-    if missing:
-        first = missing[0]
-        raise DataError(
-            f"{folder / str(first.image)}: no such image, asked for by {first.where}; "
-            f"{len(missing)} of {len(found)} images are missing, check --images"
-        )
-    return found
+    return find_images(((i.image, i.where, i.where) for i in items if i.image is not None), folder)
 
 
 def read_texts(path: Path, known: Sequence[str]) -> dict[str, str]:

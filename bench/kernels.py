@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..hd.errors import UsageError
 from .attention_providers import attention_providers
 from .attention_setting import Setting
 from .attention_shapes import checked_shape
@@ -39,7 +39,7 @@ from .measure import (
     environment,
     json_text,
     measure_roofline,
-    slug,
+    result_folder,
     write_results,
 )
 
@@ -159,22 +159,10 @@ def _device(name: str | None) -> torch.device:
 
 def _folder(out: Path | None, device: torch.device) -> Path:
     """A folder without results: --out, or bench/results/DEVICE/DATE with a number if need be."""
-    if out is not None:
-        if (out / RECORD).exists():
-            raise RefusedOption(f"--out {out}: holds {RECORD} already; give another folder")
-        if out.exists() and not out.is_dir():
-            raise RefusedOption(f"--out {out}: is a file; give a folder")
-        return out
-    day = Path("bench", "results", slug(device_name(device)), f"{datetime.now():%Y-%m-%d}")
-    return next(folder for folder in _numbered(day) if not (folder / RECORD).exists())
-
-
-def _numbered(folder: Path) -> Iterator[Path]:
-    yield folder
-    number = 2
-    while True:
-        yield folder.with_name(f"{folder.name}-{number}")
-        number += 1
+    try:
+        return result_folder(out, device, RECORD)
+    except UsageError as error:
+        raise RefusedOption(str(error)) from error
 
 
 def main(words: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Measuring: interleaved times, memory, the device's roofline, environment facts, whole files.
 
-Imports torch, the standard library and our errors alone, so that a benchmark built on it runs on a
-bare GPU machine.
+Imports torch, the standard library and two small files of ours, so that a benchmark built on it
+runs on a bare GPU machine.
 
 Times are milliseconds. On CUDA they lie between events, with the L2 cache overwritten before
 every call (the convention of `triton.testing.do_bench`); the rivals of a case take turns, in a
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ..hd.errors import UsageError
+from ..hd.files import write_whole
 
 WARM_UP_CALLS = 2
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
@@ -298,12 +299,7 @@ def write_results(out: Path, files: Mapping[str, str]) -> None:
     last, so that a folder with a record has everything."""
     out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        unfinished = out / f".{name}.{os.getpid()}.unfinished"
-        try:
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(out / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(out / name, text)
 
 
 def json_text(record: Mapping[str, Any]) -> str:

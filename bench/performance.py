@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..hd.errors import DataError, UsageError
+from ..hd.files import write_whole
 from .attention_shapes import OPERATIONS as ATTENTION
-from .files import write_whole
 from .kernels import RECORD
 from .kernels_cases import MODES
 from .kernels_options import PROVIDERS

@@ -21,7 +21,7 @@ from ..hd.errors import DataError, UsageError
 from .files import (
     check_out,
     drop_half_line,
-    find_image,
+    find_images,
     naming_question,
     sha256,
     write_json,
@@ -119,28 +119,11 @@ def image_paths(questions: Sequence[Question], folder: Path) -> dict[str, Path]:
 
     An image name, or a link, that leads out of the folder is refused.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--images {folder} is not a folder; give the folder of the images")
-    found: dict[str, Path] = {}
-    missing: list[Question] = []
-    for question in questions:
-        if question.image in found:
-            continue
-        try:
-            path = find_image(folder, question.image)
-        except DataError as error:
-            raise DataError(f"{question.where}: {error}") from error
-        if path is None:
-            missing.append(question)
-        found[question.image] = path or folder / question.image
-    if missing:
-        first = missing[0]
-        raise DataError(
-            f"{folder / first.image}: no such image, asked for by question_id "
-            f"{first.question_id} of split {first.split} ({first.where}); {len(missing)} of "
-            f"{len(found)} images are missing, check --images"
-        )
-    return found
+    asked = (
+        (q.image, q.where, f"question_id {q.question_id} of split {q.split} ({q.where})")
+        for q in questions
+    )
+    return find_images(asked, folder)
 
 
 def fingerprint(folder: Path) -> str:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import jinja2
 from markupsafe import Markup
 
+from ..hd.files import write_whole
 from ..hd.image import image_size, png_bytes, resize
-from .files import write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

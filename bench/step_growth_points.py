@@ -19,13 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..hd.files import write_whole
 from ..hd.grid import PRESETS, HDConfig
 from ..hd.plan import plan_image
 from ..model.llava_hd import LlavaHD
 from ..model.packing import PackedBatch, Sample, pack
 from ..model.prompt import IGNORE
 from ..train.optimizer import freeze
-from .files import write_whole
 from .measure import quantiles
 from .packing_data import Scale
 from .step_competitors import adamw

@@ -41,7 +41,7 @@ def run(args: Namespace) -> int:
     """Try, write the results, print a line for each part (or JSON)."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the ranks are forks without threads
     from ..bench.faults import FULL, QUICK, page_with, read_records, results_folder, run_faults
-    from ..bench.files import write_whole
+    from ..hd.files import write_whole
 
     page = None if args.docs is None else Path(args.docs)
     if page is not None and (args.quick or not page.is_file()):

@@ -24,16 +24,10 @@ from ..bench.judge import (
 )
 from ..bench.pope_data import ANSWERS
 from ..hd.errors import LlavaHDError, UsageError
+from ..hd.files import write_whole
 from ..train.asking import ask_all
 from ..train.generate_cost import Prices
-from ..train.generate_journal import (
-    JOURNAL,
-    REJECTED,
-    Journal,
-    check_run,
-    write_lines,
-    write_whole,
-)
+from ..train.generate_journal import JOURNAL, REJECTED, Journal, check_run, write_lines
 from ..train.generate_settings import check_endpoint
 from .endpoint import add_endpoint, asking_bar, check_endpoint_options, endpoint_client
 from .parser import Parser

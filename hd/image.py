@@ -7,7 +7,6 @@ and never a grey guess. PIL's (width, height) is turned to (height, width) in th
 from __future__ import annotations
 
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .errors import DataError
+from .files import write_whole
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -334,10 +334,4 @@ def png_bytes(image: Image.Image | np.ndarray) -> bytes:
 
 def save_png(image: Image.Image | np.ndarray, path: str | Path) -> None:
     """Write the image, or uint8 `[height width 3]`, as PNG; the file appears whole or never."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_bytes(png_bytes(image))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(Path(path), png_bytes(image))

@@ -14,17 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..hd.errors import LlavaHDError
+from ..hd.files import write_whole
 from .asking import Notify, Progress, ask_all
 from .generate_cost import Prices
-from .generate_journal import (
-    DATA,
-    REJECTED,
-    SUMMARY,
-    Journal,
-    write_array,
-    write_lines,
-    write_whole,
-)
+from .generate_journal import DATA, REJECTED, SUMMARY, Journal, write_array, write_lines
 from .generate_plan import Work
 from .generate_request import OpenClient
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ..hd.errors import DataError, UsageError
+from ..hd.files import write_whole
 from .generate_request import Usage
 
 RUN, JOURNAL, REJECTED, DATA, SUMMARY = (
@@ -195,19 +196,6 @@ def check_run(folder: Path, identity: dict[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write UTF-8 text and flush it to the disk; a reader sees the old file or the new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:
