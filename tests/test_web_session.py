@@ -293,7 +293,7 @@ def test_memory_that_runs_out_gives_the_question_back_and_the_talk_goes_on(
     with monkeypatch.context() as broken:
         broken.setattr(hall.entrants[1].model.language.causal_lm, "forward", full)
         tab.expect("the dog")
-        with pytest.raises(LlavaHDError, match="not enough memory .*; clear it"):
+        with pytest.raises(LlavaHDError, match=r"not enough memory .*; clear it"):
             list(tab.answer())
     assert all(chat._kept is None for chat in (*tab.chats, *other.chats))
     assert tab.give_up() == "the dog" and not tab.is_answering
@@ -318,7 +318,7 @@ def test_a_picture_with_too_many_tokens_is_refused_by_name(entrants, tmp_path: P
         assert tab.geometries[0].max_visual_tokens == 30
     tab.set_geometry(Geometry())
     tab.place(fits)
-    with pytest.raises(DataError, match="given.png: .* needs at least"):
+    with pytest.raises(DataError, match=r"given\.png: .* needs at least"):
         tab.set_geometry(Geometry("hd448"))  # 2x2 alone
     assert tab.geometry == Geometry() and tab.picture is fits and tab.geometries == before
 
