@@ -34,7 +34,10 @@ def build_parser(command: str) -> Parser:
     )
     add = parser.add_argument
     add("--model", type=str, required=True, metavar="DIR", help="folder of a saved model")
-    add("--image", type=str, nargs="+", default=[], metavar="FILE", help="for the first question")
+    add(
+        "--image", type=str, nargs="+", action="extend", default=[], metavar="FILE",
+        help="for the first question; may be given again",
+    )  # fmt: skip
     add("--prompt", type=str | None, metavar="TEXT", help="answer this question and end")
     add("--system", type=str | None, metavar="TEXT", help="instead of the template's system text")
     add("--max-new-tokens", type=int, default=512, help="longest answer")
@@ -68,6 +71,8 @@ def run(args: Namespace) -> int:
 
 
 def _check(args: Namespace) -> None:
+    from ..model.prompt import refuse_tag
+    from ..train.record_images import has_lone_surrogate
     from .eval_pope import DTYPES
 
     limits_of(args)
@@ -79,6 +84,10 @@ def _check(args: Namespace) -> None:
         raise UsageError(f"--dtype {args.dtype!r} is unknown; there is {', '.join(DTYPES)}")
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty; give a question, or leave it out to talk")
+    for option, text in (("--prompt", args.prompt or ""), ("--system", args.system or "")):
+        if has_lone_surrogate(text):
+            raise UsageError(f"{option} holds half of a character; give UTF-8 text")
+    refuse_tag(args.system or "", "--system")
 
 
 def _load(args: Namespace, pictures: list[Picture], in_terminal: bool) -> Talk:

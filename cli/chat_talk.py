@@ -18,7 +18,7 @@ import torch
 from ..hd.errors import DataError, LlavaHDError, UsageError
 from ..hd.grid import suggest
 from ..hd.image import load_image, save_png
-from ..hd.plan import TilePlan
+from ..hd.plan import TilePlan, TooManyTokens
 from ..hd.preview import draw_plan
 from ..model.chat import ChatImage, ChatSession, ContextFull
 from ..model.stream import UNFINISHED, Piece, Sampling
@@ -119,7 +119,10 @@ class Talk:
 
     def add(self, picture: Picture, tell: bool = True) -> None:
         """An image for the next question. Raises DataError where no grid fits it."""
-        image = self.session.image(picture.image, picture.path)
+        try:
+            image = self.session.image(picture.image, picture.path)
+        except TooManyTokens as error:
+            raise DataError(f"{picture.path}: {error}") from error
         self._waiting.append(image)
         self._last = picture, image.cut.plan
         if tell:
@@ -172,13 +175,14 @@ class Talk:
         if self._last is None:
             raise UsageError("there is no image yet; give one with /image FILE")
         picture, plan = self._last
-        target = _target(name, picture.path)
         try:
+            target = _target(name, picture.path)
             target.parent.mkdir(parents=True, exist_ok=True)
             save_png(draw_plan(picture.image, plan), target)
         except OSError as error:
             raise UsageError(
-                f"{target}: cannot be written ({error.strerror}); give another file to /tiles"
+                f"{name or TILES_FOLDER}: cannot be written ({error.strerror}); "
+                "give another file to /tiles"
             ) from error
         values, words = _sizes(picture.path, plan, f"picture in {target}")
         self.show.told({**values, "picture": str(target)}, words)
@@ -242,8 +246,9 @@ class JsonShow:
 
 
 def load_picture(name: str) -> Picture:
-    """The image of a file; `~` is the home folder. Raises ImageError."""
-    path = Path(name).expanduser()
+    """The image of a file; `~` is the home folder. Raises ImageError, and UsageError for a name
+    that no file has."""
+    path = _path(name)
     return Picture(str(path), load_image(path))
 
 
@@ -271,7 +276,7 @@ def _target(name: str, source: str) -> Path:
     """The file of a picture: the named one, which must be new, or a new one in the folder of tile
     pictures."""
     if name:
-        path = Path(name).expanduser()
+        path = _path(name)
         if path.suffix.lower() != ".png":
             raise UsageError(f"{name}: the picture is a PNG; give a file that ends with .png")
         if path.exists():
@@ -283,6 +288,16 @@ def _target(name: str, source: str) -> Path:
         number += 1
         path = TILES_FOLDER / f"{stem}-{number}.tiles.png"
     return path
+
+
+def _path(name: str) -> Path:
+    """The path of a name that was typed. Raises UsageError where there can be none."""
+    if "\0" in name:
+        raise UsageError(f"{name!r} is not a file's name; give one without NUL")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{name}: there is no such home folder; write the path out") from error
 
 
 def _unquoted(name: str) -> str:

@@ -27,6 +27,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
+    except UnicodeError as error:
+        raise UsageError(f"--host {host} is not a host's name; give one, or an address") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"--host {host} --port {port} cannot be had ({reason})") from error

@@ -17,10 +17,14 @@ from typing import TYPE_CHECKING
 
 from ..hd.errors import UsageError
 from ..hd.image import ImageLimits
+from ..hd.limits import NO_LIMITS
 from .listening import LOOPBACK_NAMES, is_loopback, listen, shown_address
 from .parser import Parser
+from .resolution import tell_before
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from .web_guard import Guard
     from .web_session import Entrant, Hall
     from .web_tab import WebLimits
@@ -43,7 +47,10 @@ def build_parser(command: str) -> Parser:
         ],
     )
     add = parser.add_argument
-    add("--model", type=str, nargs="+", required=True, metavar="DIR", help="one or two models")
+    add(
+        "--model", type=str, nargs="+", action="extend", required=True, metavar="DIR",
+        help="one or two models",
+    )  # fmt: skip
     add("--host", type=str, default="127.0.0.1", help="address to listen at")
     add("--port", type=int, default=7860, help="port; 0 takes a free one and tells it")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -62,6 +69,11 @@ def run(args: Namespace) -> int:
     if len(args.model) > MOST_MODELS:
         raise UsageError(f"--model: {len(args.model)} models; a page shows one or two")
     listening = listen(args.host, args.port)
+    with ending_at_sigterm():
+        return _run(args, listening, limits)
+
+
+def _run(args: Namespace, listening: socket.socket, limits: WebLimits) -> int:
     if not is_loopback(args.host):
         print(
             f"llava-hd: warning: --host {args.host}: whoever reaches this machine can use the "
@@ -79,6 +91,20 @@ def run(args: Namespace) -> int:
         )
         serve(guard, hall, listening)
     return 0
+
+
+@contextmanager
+def ending_at_sigterm() -> Iterator[None]:
+    """SIGTERM is Ctrl-C, also while the models are read: what stands behind is done."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _limits(args: Namespace) -> WebLimits:
@@ -135,6 +161,7 @@ def _open_hall(args: Namespace, folder: Path, limits: WebLimits) -> Hall:
     names = model_names(args.model)
     entrants = []
     for name, path in zip(names, args.model, strict=True):
+        tell_before(Path(path), NO_LIMITS, dtype)
         print(f"reading {path} ...", file=sys.stderr, flush=True)
         entrants.append(_load(name, Path(path), device, getattr(torch, dtype)))
     return Hall(entrants, folder, limits)
@@ -183,18 +210,23 @@ def serve(guard: Guard, hall: Hall, listening: socket.socket) -> None:
         timeout_keep_alive=5,
         timeout_graceful_shutdown=5,
     )
-    with _ended_by_signals():
-        Server(config).run(sockets=[listening])
+    server = Server(config)
+    with _ended_by_signals(server):
+        server.run(sockets=[listening])
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
     """A signal that ended the server ends nothing else: what stands behind it is done as well.
 
     Uvicorn takes the signals while it runs, and afterwards sends them again to whoever had them.
     """
+
+    def end(*_: object) -> None:
+        server.should_exit = True  # before uvicorn has taken the signals, or when it is at its end
+
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: None) for number in signals]
+    before = [signal.signal(number, end) for number in signals]
     try:
         yield
     finally:

@@ -96,7 +96,7 @@ def _connect(page: gr.Blocks, events: Events) -> None:
     parts.examples.select(events.take_example, None, seen, **drawing)
     parts.upload.clear(events.take_away, None, seen, **at_once)
     for changed in (parts.preset.input, parts.max_tiles.release):
-        changed(events.set_geometry, controls, [*parts.chats, *seen], **drawing)
+        changed(events.set_geometry, controls, [*parts.chats, *controls, *seen], **drawing)
     asked = gr.on(
         [parts.question.submit, parts.send.click],
         events.expect,
@@ -181,11 +181,14 @@ class Events:
 
         return self._with_tab(request, place)
 
-    def set_geometry(self, preset: str, max_tiles: float, request: gr.Request) -> Updates:
+    def set_geometry(self, preset: str, max_tiles: float | None, request: gr.Request) -> Updates:
         """A control was moved: the picture is cut anew, the conversations begin again."""
 
         def choose(tab: Tab) -> Updates:
-            tab.set_geometry(Geometry(str(preset), int(max_tiles) or None))
+            try:
+                tab.set_geometry(Geometry(str(preset), tile_count(max_tiles)))
+            except LlavaHDError as error:  # the controls go back to what they were
+                return {**self._told(str(error)), **self._controls(tab)}
             return {**self._told(""), **self._conversations(tab), **self._seen(tab)}
 
         return self._with_tab(request, choose)
@@ -212,6 +215,9 @@ class Events:
                 yield self._conversations(tab)
         except LlavaHDError as error:
             yield self._told(str(error))
+        except Exception:  # a fault of ours: told here, with its traceback in the server's log
+            yield self._told("the answer broke off by a fault of the program; see the server's log")
+            raise
 
     def rest(self, request: gr.Request) -> Updates:
         """The answers are at their end, or could not be made."""
@@ -288,6 +294,15 @@ class Events:
             updates[self.parts.pictures[number]] = str(path)
             updates[self.parts.counts[number]] = counts_html(name, plan, tab.note(number))
         return updates
+
+
+def tile_count(value: object) -> int | None:
+    """What the control of tiles says; None where it is empty or 0. Raises UsageError."""
+    if value is None or value == 0:
+        return None
+    if not isinstance(value, (int, float)) or value != value or int(value) != value:
+        raise UsageError(f"most tiles {value!r} is not a whole number; move the control")
+    return int(value)
 
 
 def _key(request: gr.Request) -> str:

@@ -91,8 +91,13 @@ def chosen_geometry(trained: HDConfig, preset: str, max_tiles: int | None) -> HD
 
 
 def _of_preset(trained: HDConfig, preset: str) -> HDConfig:
-    """The preset's geometry in the model's tiles."""
-    return replace(PRESETS[preset], tile_px=trained.tile_px, patch_px=trained.patch_px)
+    """The preset's geometry in the model's tiles, within its limit of tokens."""
+    return replace(
+        PRESETS[preset],
+        tile_px=trained.tile_px,
+        patch_px=trained.patch_px,
+        max_visual_tokens=trained.max_visual_tokens,
+    )
 
 
 def draw_tiles(image: Image, hd: HDConfig, folder: Path) -> tuple[TilePlan, Path]:

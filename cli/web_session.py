@@ -57,11 +57,12 @@ class Hall:
         if waiting >= self.limits.waiting:
             raise UsageError(f"busy: {waiting} questions wait already; ask again in a moment")
 
-    def free_memory(self) -> None:
-        """Let go what the models have read for all pages but the last few; the next question of
-        such a page reads its conversation again."""
+    def free_memory(self, keep: int | None = None) -> None:
+        """Let go what the models have read for all pages but the last few (keep: so many); the next
+        question of such a page reads its conversation again."""
         with self._door:
-            quiet = list(self._tabs.values())[: -self.limits.max_caches]
+            tabs = list(self._tabs.values())
+        quiet = tabs[: max(0, len(tabs) - (self.limits.max_caches if keep is None else keep))]
         for tab in quiet:
             tab.drop_caches()
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..hd.errors import UsageError
+import torch
+
+from ..hd.errors import DataError, LlavaHDError, UsageError
 from ..hd.grid import HDConfig
-from ..hd.image import ImageLimits
+from ..hd.image import ImageLimits, image_size
 from ..hd.limits import beyond_training
-from ..hd.plan import TilePlan
+from ..hd.plan import TilePlan, TooManyTokens, plan_image
 from ..model.chat import ChatSession
 from ..model.stream import Piece
 from ..train.record_images import has_lone_surrogate
@@ -27,6 +29,9 @@ from .web_pictures import AS_TRAINED, Picture, draw_tiles, remove
 if TYPE_CHECKING:
     from .web_session import Hall
 
+NO_MEMORY = (
+    "not enough memory for this conversation; clear it, or choose fewer tiles or a smaller picture"
+)
 FINISHES = {"stop": "", "length": "cut off at the longest answer", "cancelled": "stopped"}
 
 
@@ -111,7 +116,10 @@ class Tab:
         return beyond_training(trained, self.geometries[number]) or ""
 
     def place(self, picture: Picture | None) -> None:
-        """Put a picture beside the conversations; it goes with the next question."""
+        """Put a picture beside the conversations; it goes with the next question. Raises DataError
+        for one that a model cannot be given; then nothing has changed."""
+        if picture is not None:
+            check_picture(picture, self.geometries)
         self.picture = picture
         if picture is not None:
             self._placed[str(picture.thumbnail)] = picture
@@ -130,10 +138,14 @@ class Tab:
 
     def set_geometry(self, geometry: Geometry) -> None:
         """Ask with another geometry from now on. Raises UsageError while an answer is made, and for
-        a geometry that cannot be."""
+        a geometry that cannot be; DataError where the picture has too many tokens in it. Then
+        nothing has changed."""
         with self._held():
             if geometry != self.geometry:
-                self.chats = self.hall.chats(geometry)
+                chats = self.hall.chats(geometry)
+                if self.picture is not None:
+                    check_picture(self.picture, [chat.processor.config.hd for chat in chats])
+                self.chats = chats
                 self.geometry = geometry
                 self._tidy()
 
@@ -192,7 +204,7 @@ class Tab:
         """Ask all models what is expected; yields whenever there is more to show (`messages`).
 
         Raises UsageError (ContextFull among them) or SampleError for what cannot be asked; then
-        nothing has changed.
+        nothing has changed. LlavaHDError where memory runs out; then the question is expected yet.
         """
         with self._held():
             if self._stopped.is_set() or not self._expected:
@@ -200,9 +212,14 @@ class Tab:
             picture = self.picture
             answers = [self._ask(number, picture) for number in range(len(self.chats))]
             self._running = Running(self.give_up(), picture, dict.fromkeys(range(len(answers)), ""))
+            running = self._running
             try:
                 yield
-                yield from self._pieces(answers, self._running.said)
+                yield from self._pieces(answers, running.said)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._expected = running.question  # given back to the page
+                self._free(answers)
+                raise LlavaHDError(NO_MEMORY) from error
             finally:
                 for answer in answers:
                     answer.close()  # what was said until now stays in the conversation
@@ -210,6 +227,13 @@ class Tab:
         if self.left:
             self.leave()
         self.hall.free_memory()
+
+    def _free(self, answers: Sequence[Generator[Piece]]) -> None:
+        """End the answers and let go what the models have read for any page."""
+        for answer, chat in zip(answers, self.chats, strict=True):
+            answer.close()
+            chat.drop_cache()
+        self.hall.free_memory(keep=0)
 
     def drop_caches(self) -> None:
         """Let go what the models have read of the conversations, unless they are read just now."""
@@ -277,6 +301,15 @@ class Tab:
             yield
         finally:
             self._alone.release()
+
+
+def check_picture(picture: Picture, geometries: Sequence[HDConfig]) -> None:
+    """Raise DataError, with its name, for a picture that has too many tokens in a geometry."""
+    for hd in geometries:
+        try:
+            plan_image(image_size(picture.image), hd)
+        except TooManyTokens as error:
+            raise DataError(f"{picture.name}: {error}") from error
 
 
 def check_question(question: str, limits: WebLimits) -> None:

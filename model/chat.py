@@ -30,7 +30,7 @@ from .llava_hd import LlavaHD
 from .packing import Sample, pack
 from .prefix import PrefixNotSharedWarning, keeping_refusal
 from .processor import Cut, Processor
-from .prompt import IMAGE_TAG, SampleError, Turn
+from .prompt import IMAGE_TAG, Turn, refuse_tag
 from .stream import (
     GREEDY,
     UNFINISHED,
@@ -84,12 +84,14 @@ class ChatSession:
     """A conversation about any number of images, or about none.
 
     Errors leave it as it was. `history` is what has been said, `usage` what the last question
-    cost; `system` replaces the template's own system text. One answer at a time; `cancel` may be
-    called from any thread. Where the language model does not allow keeping what was read
-    (model/prefix.py), the turns are read again, with a PrefixNotSharedWarning.
+    cost; `system` replaces the template's own system text (SampleError for an image tag in it).
+    One answer at a time; `cancel` may be called from any thread. Where the language model does
+    not allow keeping what was read (model/prefix.py), the turns are read again, with a
+    PrefixNotSharedWarning.
     """
 
     def __init__(self, model: LlavaHD, processor: Processor, system: str | None = None) -> None:
+        refuse_tag(system or "", "the system text")
         self.model, self.processor, self.system = model, processor, system
         self.usage: Usage | None = None
         self._history: tuple[Exchange, ...] = ()
@@ -161,11 +163,7 @@ class ChatSession:
 
     def _sample(self, text: str, images: Sequence[ChatImage]) -> Sample:
         """The conversation with its next question."""
-        if IMAGE_TAG in text:
-            raise SampleError(
-                f"the text holds {IMAGE_TAG}, which marks an image's place in the prompt; "
-                "leave it out, images are given beside the text"
-            )
+        refuse_tag(text, "the text")
         turns, cuts = [], []
         for exchange in self._history:
             turns += [_human(exchange.question, exchange.images), Turn("gpt", exchange.answer)]

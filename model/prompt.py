@@ -86,6 +86,15 @@ class Encoded:
     truncated: bool = False
 
 
+def refuse_tag(text: str, what: str) -> None:
+    """Raise SampleError for a text of a user's that has an image tag; what: the text's name."""
+    if IMAGE_TAG in text:
+        raise SampleError(
+            f"{what} holds {IMAGE_TAG}, which marks an image's place in the prompt; "
+            "leave it out, images are given beside the text"
+        )
+
+
 def get_template(name: str) -> Template:
     """The template of that name; UsageError with the nearest name otherwise."""
     if name not in TEMPLATES:

@@ -275,6 +275,8 @@ def test_the_store_grows_with_the_conversation_and_not_beyond_the_context(pair: 
 def test_an_image_tag_in_the_text_is_refused(session: ChatSession) -> None:
     with pytest.raises(SampleError, match=r"the text holds <image>.*leave it out"):
         session.ask("what is in <image>?")
+    with pytest.raises(SampleError, match=r"the system text holds <image>"):
+        ChatSession(session.model, session.processor, "look at <image>")
     assert session.history == ()
 
 

@@ -14,22 +14,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from rich.console import Console
 from tiny import random_image, tiny_hd
 
-from llava_hd.bench.faults_images import image_faults, write_content
 from llava_hd.cli import chat_terminal
-from llava_hd.cli.chat_talk import PlainShow, Talk, load_picture, printable
+from llava_hd.cli.chat_talk import Talk, printable
 from llava_hd.cli.chat_terminal import TerminalShow, history_path, open_picture
 from llava_hd.cli.main import main
-from llava_hd.hd.grid import HDConfig
 from llava_hd.hd.image import load_image
 from llava_hd.hd.limits import ResolutionLimits, limited
 from llava_hd.hd.plan import plan_image
-from llava_hd.hd.preview import draw_plan
 from llava_hd.model.assemble import assemble
 from llava_hd.model.chat import ChatSession
 from llava_hd.model.generate import answer
@@ -126,6 +121,17 @@ def test_one_question_is_answered_and_that_is_all(
     assert json.loads(capsys.readouterr().out)["num_tokens"] <= 5
 
 
+def test_images_of_options_given_again_are_added(
+    monkeypatch, here: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_image((90, 60)).save("c.png")
+    random_image((50, 50)).save("d.png")
+    words = ["--image", "a b.png", "--image", "c.png", "d.png", "--json", "--prompt", "red"]
+    assert chat(monkeypatch, model_dir, "", *words) == 0
+    (told,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [image["name"] for image in told["images"]] == ["a b.png", "c.png", "d.png"]
+
+
 def test_limits_of_resolution_are_those_of_the_plan(
     here: Path, model_dir: Path, monkeypatch, capsys
 ) -> None:
@@ -161,6 +167,14 @@ def test_limits_of_resolution_are_those_of_the_plan(
         (["--grid", "2"], 2, "--grid '2' is not ROWSxCOLS"),
         (["--grid", "2x2", "--max-tiles", 4], 2, "--grid 2x2 allows no other, so --max-tiles 4"),
         (["--image", "none.png"], 3, "none.png: no such file"),
+        (
+            ["--image", "~no-such-user/a.png"],
+            2,
+            "~no-such-user/a.png: there is no such home folder",
+        ),
+        (["--system", "be \udcff"], 2, "--system holds half of a character"),
+        (["--prompt", "be \udcff"], 2, "--prompt holds half of a character"),
+        (["--system", "see <image>"], 3, "--system holds <image>"),
     ],
 )
 def test_bad_usage_is_one_line_before_a_model_is_loaded(
@@ -174,123 +188,6 @@ def test_bad_usage_is_one_line_before_a_model_is_loaded(
 def test_a_folder_without_a_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "--model", "no-such-model", "--prompt", "hi"]) == 2
     assert "model folder no-such-model is not a folder" in capsys.readouterr().err
-
-
-# --- a talk, line by line ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def talk(pair) -> Talk:
-    return Talk(ChatSession(*pair), PlainShow(), 4, Sampling())
-
-
-def test_every_fault_of_an_image_is_one_line_and_the_talk_goes_on(
-    talk: Talk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert talk.line("hello")
-    faults = image_faults()
-    for number, fault in enumerate(faults):
-        path = tmp_path / f"{number}-{fault.file}"
-        write_content(path, fault.content)
-        capsys.readouterr()
-        assert talk.line(f"/image {path}")
-        found = capsys.readouterr()
-        assert found.err.count("\n") == 1 and found.out == ""
-        assert found.err.startswith(f"llava-hd: error: {path}")
-        assert fault.says in found.err or fault.seen == "file"
-    assert talk.code == 3
-    assert talk.line("still there?")
-    assert [exchange.images for exchange in talk.session.history] == [(), ()]
-
-
-def test_tiles_saves_the_picture_of_the_last_image_and_opens_it(
-    talk: Talk, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    opened: list[Path] = []
-    talk.opens = opened.append
-    talk.line("/tiles")
-    assert "there is no image yet" in capsys.readouterr().err
-    talk.line("/image 'a b.png'")  # as a file manager drops it
-    talk.line("/tiles")
-    talk.line("/tiles")
-    talk.line("/tiles deep/er/mine.png")
-    assert opened == [
-        Path("tiles/a b.tiles.png"), Path("tiles/a b-2.tiles.png"), Path("deep/er/mine.png")
-    ]  # fmt: skip
-    picture = draw_plan(load_image("a b.png"), plan_image((60, 90), HD))
-    for path in opened:
-        assert np.array_equal(np.asarray(load_image(path)), np.asarray(picture))
-    assert "70 visual tokens; picture in deep/er/mine.png" in capsys.readouterr().err
-    before = (here / "a b.png").read_bytes()
-    for wrong, message in (
-        ("a b.png", "is there already"),
-        ("mine.jpg", "ends with .png"),
-        ("a b.png/x.png", "cannot be written"),
-    ):
-        talk.line(f"/tiles {wrong}")
-        assert message in capsys.readouterr().err
-    assert (here / "a b.png").read_bytes() == before and len(opened) == 3
-
-
-def test_images_wait_for_the_next_question_that_is_answered(
-    talk: Talk, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    talk.line("/image a b.png")
-    talk.line("what is <image>?")  # refused: the image goes on waiting
-    talk.line("\ud800?")
-    assert "half of a character" in capsys.readouterr().err
-    talk.line("/image a b.png")
-    talk.line("and these?")
-    talk.line("and without?")
-    assert [len(exchange.images) for exchange in talk.session.history] == [2, 0]
-    talk.line("/image a b.png")
-    talk.line("/reset")
-    talk.line("anew")
-    assert [exchange.images for exchange in talk.session.history] == [()]
-
-
-def test_a_full_context_is_told_and_the_talk_goes_on(
-    pair, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, processor = pair
-    text = {**model.config.text, "max_position_embeddings": 190}
-    small = LlavaHD(
-        type(model.config)(**{**vars(model.config), "text": text}),
-        model.vision.clip,
-        model.language.causal_lm,
-    )
-    talk = Talk(ChatSession(small.eval(), processor), PlainShow(), 4, Sampling())
-    talk.line("/image a b.png")
-    talk.line("what is in this image, and where is it, and why?")
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "but the model reads 190; reset the conversation" in error and "put aside" in error
-    talk.line("hi")
-    assert len(talk.session.history) == 1 and talk.code == 2
-
-
-def test_memory_that_runs_out_is_told_and_the_talk_goes_on(
-    talk: Talk, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    hook = talk.session.model.language.causal_lm.register_forward_pre_hook(fail)
-    talk.line("hi")
-    hook.remove()
-    assert "not enough memory for this conversation; reset it" in capsys.readouterr().err
-    talk.line("hi")
-    assert len(talk.session.history) == 1 and talk.code == 1
-
-
-def test_lines_that_are_not_utf_8_are_left_out(talk: Talk, capsys) -> None:
-    talk.read([b"\xff\xfe\n", "grün?\r\n".encode(), b"/help\n"])
-    found = capsys.readouterr()
-    assert "not UTF-8" in found.err and "/tiles [FILE]" in found.err
-    assert [exchange.question for exchange in talk.session.history] == ["grün?"]
-
-
-def test_no_answer_can_steer_the_terminal() -> None:
-    assert printable("a\x1b[31mb\x07\n\tc\x9bd 猫 👩‍🚀") == "a\ufffd[31mb\ufffd\n\tc\ufffdd 猫 👩‍🚀"
 
 
 # --- a terminal ----------------------------------------------------------------------------------
@@ -412,4 +309,3 @@ def test_a_terminal_session(here: Path, model_dir: Path) -> None:
     ]  # fmt: skip
     assert kept.stat().st_mode & 0o077 == 0
     assert load_image("tiles/a b.tiles.png") is not None
-    assert isinstance(HD, HDConfig) and load_picture("a b.png").path == "a b.png"

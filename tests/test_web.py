@@ -242,9 +242,10 @@ def test_the_command_refuses_what_it_cannot_do(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     none = str(tmp_path / "none")
-    assert "one or two" in refusal(capsys, "--model", "a", "b", "c")
+    assert "one or two" in refusal(capsys, "--model", "a", "b", "--model", "c")
     assert "65535" in refusal(capsys, "--model", none, "--port", "99999")
     assert "give a number from 1" in refusal(capsys, "--model", none, "--queue", "0")
+    assert "--host .. is not a host's name" in refusal(capsys, "--model", none, "--host", "..")
     told = refusal(capsys, "--model", none, "--port", "0")
     assert f"model folder {none} is not a folder" in told and "warning" not in told
     told = refusal(capsys, "--model", none, "--port", "0", "--host", "0.0.0.0")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import random_image, save_parts, tiny_hd
 
 from llava_hd.bench.faults_images import encoded
-from llava_hd.cli.web_pictures import Picture, read_picture
+from llava_hd.cli.web_events import tile_count
+from llava_hd.cli.web_pictures import Picture, fitting_presets, read_picture
 from llava_hd.cli.web_session import Entrant, Hall
 from llava_hd.cli.web_tab import Geometry, Tab, WebLimits
-from llava_hd.hd.errors import LlavaHDError, UsageError
+from llava_hd.hd.errors import DataError, LlavaHDError, UsageError
 from llava_hd.hd.grid import HDConfig
+from llava_hd.hd.limits import ResolutionLimits
 from llava_hd.hd.plan import plan_image
 from llava_hd.model.assemble import assemble
 from llava_hd.model.chat import ContextFull
@@ -276,5 +280,55 @@ def test_a_picture_of_every_format_can_be_asked_about(hall: Hall, tab: Tab) -> N
         assert len(tab.messages(0)) == 3
 
 
-def test_no_error_of_a_user_is_of_another_kind() -> None:
-    assert issubclass(ContextFull, LlavaHDError) and issubclass(SampleError, LlavaHDError)
+def test_memory_that_runs_out_gives_the_question_back_and_the_talk_goes_on(
+    hall: Hall, tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(tab, "red")
+    other = hall.enter("other")
+    ask(other, "green")
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(hall.entrants[1].model.language.causal_lm, "forward", full)
+        tab.expect("the dog")
+        with pytest.raises(LlavaHDError, match=r"not enough memory .*; clear it"):
+            list(tab.answer())
+    assert all(chat._kept is None for chat in (*tab.chats, *other.chats))
+    assert tab.give_up() == "the dog" and not tab.is_answering
+    ask(tab, "the dog")
+    assert texts(tab, 1)[-2] == "the dog"
+
+
+def test_a_picture_with_too_many_tokens_is_refused_by_name(entrants, tmp_path: Path) -> None:
+    narrow = entrants[0].processor.limited(ResolutionLimits(max_visual_tokens=30))
+    hall = Hall([replace(entrants[0], processor=narrow)], tmp_path, LIMITS)
+    tab = hall.enter("page")
+    fits = picture(hall, 0, (60, 90))
+    tab.place(fits)
+    with pytest.raises(DataError, match=r"^given.png: an image of 56x56 px needs at least"):
+        tab.place(picture(hall, 1, (56, 56)))
+    assert tab.picture is fits
+    tab.place(None)
+    before = tab.geometries
+    assert before[0].max_visual_tokens == 30
+    for preset in fitting_presets(before[0]):
+        tab.set_geometry(Geometry(preset))
+        assert tab.geometries[0].max_visual_tokens == 30
+    tab.set_geometry(Geometry())
+    tab.place(fits)
+    with pytest.raises(DataError, match=r"given\.png: .* needs at least"):
+        tab.set_geometry(Geometry("hd448"))  # 2x2 alone
+    assert tab.geometry == Geometry() and tab.picture is fits and tab.geometries == before
+
+
+@pytest.mark.parametrize(("value", "count"), [(None, None), (0, None), (0.0, None), (3.0, 3)])
+def test_the_control_of_tiles_may_be_empty(value: float | None, count: int | None) -> None:
+    assert tile_count(value) == count
+
+
+@pytest.mark.parametrize("value", [float("nan"), 2.5, "x", []])
+def test_what_is_no_number_of_tiles_is_refused(value: object) -> None:
+    with pytest.raises(UsageError, match="is not a whole number"):
+        tile_count(value)
