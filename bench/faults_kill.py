@@ -127,7 +127,7 @@ def _one_run(
     """Start, kill and start again until the run has come to its end, or cannot go on."""
     before = -1  # the step of the last save that is known to be whole
     for mine, (config, body) in enumerate(starts):  # so many kills has this run seen
-        ranks = start_ranks(RANKS, body, lab.log)
+        ranks, name = start_ranks(RANKS, body, lab.log), Path(config.output_dir).name
         spare = result.kills >= kills
         aimed = rng.random() < 0.5
         verdict = mine > 0 and (aimed or spare or result.who != "llava-hd")
@@ -142,11 +142,11 @@ def _one_run(
             if due.equals(Path(config.output_dir)):
                 result.equal += 1
             else:
-                result.failures.append(f"{config.output_dir}: other weights after {mine} kills")
+                result.failures.append(f"{name}: other weights after {mine} kills")
             return
         if codes is None or KILLED not in codes:
             result.lost += 1
-            result.failures.append(f"{config.output_dir}: exit codes {codes} after {mine} kills")
+            result.failures.append(f"{name}: exit codes {codes} after {mine} kills")
             return
         result.kills += 1
         result.aimed += aimed
