@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -165,13 +166,47 @@ def test_sigterm_to_all_processes_of_a_run_saves_and_ends_resumable(finished, tm
     run = subprocess.Popen(
         worker_command(words), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not read_metrics(out):
-        time.sleep(0.05)
-    os.killpg(run.pid, signal.SIGTERM)
-    _, errors = run.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not read_metrics(out):
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGTERM)
+        _, errors = run.communicate(timeout=120)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 75, errors
     assert "Traceback" not in errors and len(list(out.glob("checkpoint-*"))) == 1
+
+
+KEEPING = """
+import os, signal, sys
+from llava_hd.hd.errors import Interrupted
+from llava_hd.train.recipe import load_config
+from llava_hd.train.run import Silence, train
+
+class Stopping(Silence):
+    def step(self, metrics):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+try:
+    train(load_config(sys.argv[1], "pretrain"), Stopping())
+except Interrupted as error:
+    kept = error  # and with it every frame of the run
+"""
+
+
+def test_loader_processes_end_with_a_run_whose_error_is_kept(finished, tmp_path):
+    """They have no ear for the signal that multiprocessing sends at exit, and then waits."""
+    config = changed(
+        finished, output_dir=str(tmp_path / "out"), max_steps=100_000, data__num_workers=2
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config_yaml(config), encoding="utf-8")
+    script = [sys.executable, "-c", KEEPING, str(recipe)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
 
 
 def test_a_loader_process_that_dies_is_one_line(finished, tmp_path):

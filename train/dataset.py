@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -173,8 +173,9 @@ def run_passes(
 
 def read_passes(
     passes: Passes, sampler: PassSampler, num_workers: int, pin_memory: bool
-) -> Iterator[Pass]:
-    """The passes of one rank in order, read ahead by `num_workers` processes.
+) -> Generator[Pass, None, None]:
+    """The passes of one rank in order, read ahead by `num_workers` processes, which end when it is
+    closed.
 
     Raises DataError when the pass is due that holds a bad sample which is not to be left out.
     """

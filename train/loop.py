@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -90,7 +90,12 @@ class Loop:
         """All steps that are left. Raises Interrupted where a signal has asked to stop."""
         first, num_steps = self.job.state.step, self.job.state.num_steps
         self.watchdog = Watchdog(self.world, self.job.config.timeout_minutes)
-        with self.watchdog, lost_peers(self.world, lambda: self.watchdog.where):
+        # Closed in any case: a loader process that is alive at exit is waited for without end.
+        with (
+            closing(self.passes),
+            self.watchdog,
+            lost_peers(self.world, lambda: self.watchdog.where),
+        ):
             # Before anything is written: a fault in the first step leaves no folder behind.
             data = self._read(first)
             with self._open_output() as writer:
@@ -274,7 +279,7 @@ class Loop:
                 f"stopped by {names[0]} after step {step}; saved {folder}, go on with --resume auto"
             )
 
-    def _open_passes(self) -> Iterator[Pass]:
+    def _open_passes(self) -> Generator[Pass, None, None]:
         job, config = self.job, self.job.config
         cache = None if self.cache is None else self.cache.cache
         passes = run_passes(config, job.records, self.processor, cache)
