@@ -200,6 +200,7 @@ def _train_here(config: TrainConfig) -> int:
     """Train in this process, as one rank of its launcher's world or alone."""
     from ..train.run import train
     from ..train.together import StoppedByPeer
+    from ..train.zero import leave_world
     from .train_progress import TrainProgress
 
     is_main = os.environ.get("RANK", "0") == "0"
@@ -212,6 +213,7 @@ def _train_here(config: TrainConfig) -> int:
             if is_main:
                 raise Interrupted(_how_to_go_on(config)) from None
             return Interrupted.exit_code
+    leave_world()
     if is_main:
         print(_summary(result))
     return 0

@@ -18,7 +18,7 @@ import gradio as gr
 from starlette.applications import Starlette
 
 from ..hd.errors import LlavaHDError, UsageError
-from .web_guard import Guard, is_inside
+from .web_guard import Guard, is_inside, may_become_inside
 from .web_page import CSS, NO_PICTURE, THEME, TITLE, Parts, lay_out
 from .web_pictures import (
     Picture,
@@ -112,6 +112,9 @@ def _connect(page: gr.Blocks, events: Events) -> None:
     parts.clear.click(events.clear, None, parts.shown, **at_once)
 
 
+MOVING_SECONDS = 5.0  # that an upload may take from where it was received to its place
+
+
 @dataclass(frozen=True)
 class Events:
     """The functions that Gradio calls; each finds its tab by the page's session."""
@@ -157,9 +160,15 @@ class Events:
         return self._place(request, read)
 
     def _is_upload(self, path: str) -> bool:
-        """Gradio puts uploads into folders of their own; beside those lie the page's pictures."""
+        """Gradio puts uploads into folders of their own; beside those lie the page's pictures. It
+        moves a file there after it has answered the browser, so the event may be here first."""
         folder = self.hall.folder
-        return is_inside(path, folder) and Path(path).resolve().parent != folder.resolve()
+        deadline = time.monotonic() + MOVING_SECONDS
+        while not is_inside(path, folder):
+            if time.monotonic() > deadline or not may_become_inside(path, folder):
+                return False
+            time.sleep(0.02)
+        return Path(path).resolve().parent != folder.resolve()
 
     def _read(self, path: Path, name: str) -> Picture:
         return read_picture(path, name, self.hall.limits.images, self.hall.folder)

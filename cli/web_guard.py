@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,15 @@ def is_inside(name: str, folder: Path) -> bool:
     except (OSError, ValueError, RuntimeError):
         return False
     return path.is_file() and path.is_relative_to(folder.resolve())
+
+
+def may_become_inside(name: str, folder: Path) -> bool:
+    """Whether the path is below the folder and nothing is there yet."""
+    try:
+        path = Path(name).resolve()
+    except (OSError, ValueError, RuntimeError):
+        return False
+    return path.is_relative_to(folder.resolve()) and not os.path.lexists(path)
 
 
 def named_files(value: Any) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from .errors import DataError
 from .files import write_whole
@@ -93,8 +94,27 @@ def load_image(source: str | Path | bytes, limits: ImageLimits = ImageLimits()) 
     with _opened(io.BytesIO(data), len(data), name, limits) as image:
         if image.format == "PNG" and data.rfind(PNG_END) < 0:
             raise OSError("image file is truncated, its end is missing")
-        image.load()
+        with _refusing_cut_files():
+            image.load()
         return _rgb(_upright(image), name)
+
+
+_PILLOWS_SWITCH = threading.Lock()
+
+
+@contextmanager
+def _refusing_cut_files() -> Iterator[None]:
+    """Where another library of this process (lmms-eval) has told Pillow to fill in what a cut file
+    lacks, that is put aside while ours is decoded."""
+    if not ImageFile.LOAD_TRUNCATED_IMAGES:
+        yield
+        return
+    with _PILLOWS_SWITCH:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
 def read_bytes(source: Path | bytes, limits: ImageLimits = ImageLimits()) -> bytes:

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llava_hd.hd.errors import DataError
 from llava_hd.hd.image import (
@@ -201,6 +201,17 @@ def test_values_that_are_no_numbers_are_refused():
     values[1, 2] = np.nan
     with pytest.raises(ImageError, match="NaN or infinite"):
         load_image(encoded(Image.fromarray(values), "TIFF"))
+
+
+def test_a_file_cut_short_is_an_error_where_others_have_told_pillow_to_fill_it(monkeypatch):
+    """As lmms-eval does for its whole process."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(whole, "JPEG")
+    assert load_image(whole.getvalue()).size == (64, 64)
+    with pytest.raises(ImageError, match=r"truncated|damaged"):
+        load_image(whole.getvalue()[: len(whole.getvalue()) // 2])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])

@@ -48,6 +48,12 @@ class World:
         return self.rank == 0
 
 
+def leave_world() -> None:
+    """End the process group, if there is one: its threads must be gone before the process is."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def join_world(timeout_minutes: float) -> World:
     """Start or reuse the process group: RANK, WORLD_SIZE and MASTER_* say with whom (set by our
     launcher, torchrun or deepspeed); without them this process is a world of its own."""
