@@ -40,7 +40,7 @@ $(OLD): $(STAMP)
 	touch -c $@
 
 test: $(STAMP) $(OLD)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
 # The web page is tested in Chromium; without one its tests are skipped, and say so.

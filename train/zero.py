@@ -49,8 +49,9 @@ class World:
 
 
 def leave_world() -> None:
-    """End the process group, if there is one: its threads must be gone before the process is."""
-    if dist.is_initialized():
+    """End the process group of several ranks: its threads must be gone before the process is. That
+    of one alone stays, since DeepSpeed cannot begin again in the same process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()
 
 
