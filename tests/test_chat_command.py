@@ -275,6 +275,7 @@ def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
+@pytest.mark.xfail(strict=False, reason="open: on busy cores a Ctrl-C at the prompt can be lost")
 def test_a_terminal_session(here: Path, model_dir: Path) -> None:
     state = here / "state"
     terminal = Terminal(
