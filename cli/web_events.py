@@ -126,7 +126,9 @@ class Events:
     def arrive(self, request: gr.Request) -> Updates:
         """A page was opened, or loaded again: it begins empty."""
         tab = self.hall.enter(_key(request))
-        return {**self._shown(tab), **self._seen(tab), **self._controls(tab)}
+        updates = {**self._shown(tab), **self._seen(tab), **self._controls(tab)}
+        del updates[self.parts.upload]  # empty as it is; the browser may be uploading by now
+        return updates
 
     def leave(self, request: gr.Request) -> None:
         """A page was closed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -248,6 +249,14 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.file, text.encode())
 
+    def interrupt(self, pattern: str) -> str:
+        """Ctrl-C until it is heard: Python misses one that comes just before readline waits."""
+        for _ in range(30):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                return self.wait_for(pattern, 2)
+        return self.wait_for(pattern, 2)
+
     def wait_for(self, pattern: str, seconds: float = 120) -> str:
         """What is shown up to the first match, which is taken away."""
         end = time.monotonic() + seconds
@@ -275,7 +284,6 @@ def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-@pytest.mark.xfail(strict=False, reason="open: on busy cores a Ctrl-C at the prompt can be lost")
 def test_a_terminal_session(here: Path, model_dir: Path) -> None:
     state = here / "state"
     terminal = Terminal(
@@ -291,8 +299,7 @@ def test_a_terminal_session(here: Path, model_dir: Path) -> None:
         terminal.type("\x03")
         terminal.wait_for(r"[1-9]\d* tokens in [\d.]+ s, stopped; read in")
         terminal.wait_for(r"> ")
-        terminal.type("\x03")
-        terminal.wait_for(r"Ctrl-D or /quit ends")
+        terminal.interrupt(r"Ctrl-D or /quit ends")
         terminal.wait_for(r"> ")
         terminal.type("/image none.png\n")
         terminal.wait_for(r"none.png: no such file; check the path")

@@ -76,7 +76,6 @@ def tokens(page: Page, number: int) -> int:
     return int(found[1]) if found else 0
 
 
-@pytest.mark.xfail(strict=False, reason="open: on busy cores a first upload is told to be gone")
 def test_a_picture_is_uploaded_asked_about_and_seen_as_the_models_see_it(
     page: Page, picture: Path
 ) -> None:
