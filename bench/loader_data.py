@@ -24,7 +24,7 @@ from ..model.processor import Processor
 from ..model.prompt import IMAGE_TAG, Turn
 from ..model.rival_processor import RivalReader, rival_processor
 from ..train.dataset import BadPass, Pass, Passes, RecordReader
-from ..train.lengths import quiet_worker
+from ..train.loader_workers import quiet_worker
 from ..train.record import Record
 from .packing_data import draw
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import tiny_hd
+from torch.utils.data import DataLoader
 from train_data import write_data
 
 from llava_hd.hd.errors import DataError
 from llava_hd.hd.image import load_image
 from llava_hd.model.assemble import assemble
 from llava_hd.model.processor import Processor
+from llava_hd.train import dataset, loader_workers
 from llava_hd.train.batches import BatchOrder, PassSampler
 from llava_hd.train.dataset import Passes, RecordReader, read_passes
 from llava_hd.train.records import read_records
@@ -97,18 +101,44 @@ def test_a_bad_image_is_one_line_that_names_record_and_image(data, processor, nu
     )
 
 
-def test_loader_processes_go_on_when_all_processes_of_a_run_are_signalled(data, processor):
+@pytest.mark.parametrize("beginning", [False, True])
+def test_loader_processes_go_on_when_all_processes_of_a_run_are_signalled(
+    data, processor, monkeypatch, beginning
+):
+    """At work already, or only begun, when what they do at a signal is still torch's choice."""
+    signalled: list = []
+    if beginning:
+        monkeypatch.setattr(dataset, "quiet_worker", begin_slowly)
+        monkeypatch.setattr(dataset, "start", lambda loader: start_and_signal(loader, signalled))
     passes = Passes(reader(data, processor), processor)
     found = read_passes(passes, sampler(3), 2, pin_memory=False)
     names = [next(found).batch.names]
+    signalled = signalled or signal_workers()
+    names += [one.batch.names for one in found]
+    alone = read_passes(passes, sampler(3), 0, pin_memory=False)
+    assert names == [one.batch.names for one in alone]
+    for worker in signalled:
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+def begin_slowly(worker: int) -> None:
+    time.sleep(1)
+    loader_workers.quiet_worker(worker)
+
+
+def start_and_signal(loader: DataLoader, signalled: list) -> Iterator:
+    batches = loader_workers.start(loader)
+    if not signalled:
+        signalled += signal_workers()
+    return batches
+
+
+def signal_workers() -> list:
+    """The two loader processes, after the signals that a stopped job sends to all its processes."""
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(worker.pid, number)
-    names += [one.batch.names for one in found]
-    alone = read_passes(passes, sampler(3), 0, pin_memory=False)
-    assert names == [one.batch.names for one in alone]
-    for worker in workers:
-        worker.join(10)
-        assert not worker.is_alive()
+    return workers

@@ -17,7 +17,7 @@ from .bad_samples import BadSample
 from .batches import PassSampler
 from .config import TrainConfig
 from .feature_cache import FeatureCache
-from .lengths import quiet_worker
+from .loader_workers import quiet_worker, start
 from .record import Record, without_images
 from .sources import RecordSet
 from .sources_base import FileImage, ImagePlace, open_image
@@ -187,7 +187,7 @@ def read_passes(
         pin_memory=pin_memory,
         worker_init_fn=quiet_worker if num_workers else None,
     )
-    for one in loader:
+    for one in start(loader):
         if isinstance(one, BadPass):
             raise DataError(one.message)
         yield one

@@ -9,14 +9,12 @@ decided when it is due.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..hd.errors import DataError, LlavaHDError, UsageError
@@ -26,6 +24,7 @@ from ..model.processor import Processor
 from ..model.prompt import Turn
 from .data_check_tokens import measure_conversation
 from .lengths_cache import cache_key, read_cached, write_cached
+from .loader_workers import is_dead_worker, quiet_worker, start
 from .record import Record, without_images
 from .workers import Done, silent
 
@@ -196,7 +195,7 @@ def _chunks(
         worker_init_fn=quiet_worker if num_workers else None,
     )
     try:
-        yield from loader
+        yield from start(loader)
     except RuntimeError as error:
         if not is_dead_worker(error):
             raise
@@ -219,17 +218,3 @@ class _Indexed(Dataset):
             return self.reader(index)
         except UsageError as error:
             return UsageError(str(error))
-
-
-def is_dead_worker(error: BaseException) -> bool:
-    """Whether torch's loader says that one of its processes is gone."""
-    return "exited unexpectedly" in str(error) or "killed by signal" in str(error)
-
-
-def quiet_worker(worker: int) -> None:
-    """What a loader process does first: one thread, since there are several of them beside the
-    model; and no ear for signals to all processes of a job (SLURM, a terminal): a run that is
-    asked to stop still wants its samples, and they end with their rank in any case."""
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ..hd.errors import LlavaHDError
-from .lengths import is_dead_worker
+from .loader_workers import is_dead_worker
 from .zero import World, gather_objects
 
 T = TypeVar("T")
