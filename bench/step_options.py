@@ -31,7 +31,7 @@ RIVALS = tuple(name for name in COMPETITORS if name.startswith(RIVAL))
 QUICK = tuple(name for name in COMPETITORS if name != "compile")  # compiling takes minutes
 GEOMETRIES = ("nano", "1b", "7b")
 LENGTHS = ("hd", "mix665k")
-TILES = (56, 112, 224)
+TILES = ("56", "112", "224")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # LLaVA's in stage 1; in stage 2 ten times LLaVA's, so that random weights learn within 20 steps.
 LEARNING_RATES = {1: 1e-3, 2: 2e-4}
@@ -103,13 +103,12 @@ class Request:
 def add_options(parser: Any) -> None:
     """The options, on an argparse parser or on one with the same `add_argument`."""
     add = parser.add_argument
-    add("--stage", type=str, choices=("1", "2", "both"), default="both", help="of the training")
-    add("--geometry", type=str, choices=GEOMETRIES, help="1b, with --quick nano, on a GPU 7b")
+    add("--stage", choices=("1", "2", "both"), default="both", help="of the training")
+    add("--geometry", choices=GEOMETRIES, help="1b, with --quick nano, on a GPU 7b")
     add("--layers", type=int, help="of the language model; the tower is cut alike; all (1b: 4)")
-    add("--lengths", type=str, choices=LENGTHS, default="hd", help="of stage 2's samples")
+    add("--lengths", choices=LENGTHS, default="hd", help="of stage 2's samples")
     add(
         "--tile-px",
-        type=int,
         choices=TILES,
         help="scale of the samples; 56, on a GPU 224 (nano 56)",
     )
@@ -121,7 +120,7 @@ def add_options(parser: Any) -> None:
     add("--workers", type=int, help="loader processes of everyone; 1, on a GPU 8")
     add("--threads", type=int, default=1, help="threads of the processor")
     add("--device", type=str, help="cpu or cuda[:N]; cuda where there is one")
-    add("--dtype", type=str, choices=tuple(DTYPES), help="fp32, on a GPU bf16")
+    add("--dtype", choices=tuple(DTYPES), help="fp32, on a GPU bf16")
     add("--seed", type=int, default=0, help="of weights, samples and order")
     add("--quick", action="store_true", help="nano, few steps: three minutes on two cores")
     add("--growth", action="store_true", help="how time and memory grow, instead of a race")
@@ -146,7 +145,7 @@ def request_of(args: Namespace, command: str, on_gpu: bool) -> Request:
         geometry=geometry,
         layers=_given(args.layers, usual_layers),
         lengths=args.lengths,
-        tile_px=_given(args.tile_px, usual_tile),
+        tile_px=int(args.tile_px or usual_tile),
         competitors=_known(args.competitors, QUICK if args.quick else tuple(COMPETITORS)),
         batch=batch,
         step_samples=_given(args.step_samples, batch),

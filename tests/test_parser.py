@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from typing import Any, Literal
 
 import pytest
@@ -75,6 +77,14 @@ def test_a_group_of_commands_has_a_help_of_its_own(capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "bench kernels" in out and "bench tune" in out and "finetune" not in out
     assert main_module.main(["bench"]) == 2
+
+
+@pytest.mark.parametrize("name", main_module.COMMANDS, ids=" ".join)
+def test_the_help_of_each_command_has_examples_and_no_inner_names(name: tuple[str, ...]) -> None:
+    module = importlib.import_module(f"llava_hd.cli.{main_module.COMMANDS[name][0]}")
+    text = module.build_parser(" ".join(name)).format_help()
+    assert f"llava-hd {' '.join(name)}" in text.partition("\nexamples:\n")[2]
+    assert not re.search(r"<function|<class|object at 0x|lambda", text)
 
 
 def test_a_failed_rank_leaves_at_once_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
