@@ -18,6 +18,7 @@ import yaml
 
 from llava_hd.train.recipe import config_from
 from llava_hd.train.run import train
+from llava_hd.train.zero import leave_world
 
 
 def memory(key: str) -> int:
@@ -47,3 +48,4 @@ if __name__ == "__main__":
         growth = {"before": before, "growth": memory("VmHWM") - before}
         file = Path(f"{config.output_dir}-rank{os.environ.get('RANK', '0')}.json")
         file.write_text(json.dumps(growth), encoding="utf-8")
+    leave_world()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from llava_hd.train.zero import World, gathered_state, join_world, start_engine
+from llava_hd.train.zero import World, gathered_state, join_world, leave_world, start_engine
 
 # isort: split
 from llava_hd.hd.plan import plan_image
@@ -94,3 +94,4 @@ if __name__ == "__main__":
     the_world = join_world(2.0)
     for path in sys.argv[1:]:
         train(config_from(yaml.safe_load(Path(path).read_text(encoding="utf-8"))), the_world)
+    leave_world()
