@@ -9,6 +9,9 @@ question.
 
     cost of Q questions of length P + t:   one by one  Q (P + t)        shared  P + Q t   tokens
 
+Nothing is asked of the prefix's last hidden states: its pass ends as soon as the last layer's keys
+and values are stored, without that layer's attention and MLP (of L layers, about 1 / L of it).
+
 The keys and values are a sequence of one, with room for all tokens from the start: the prefix is
 stored once and never copied. What is copied: each own token's key and value into its place (once),
 and, where several query heads share a key head, torch's sdpa is given the keys repeated per head,
@@ -136,12 +139,16 @@ class SharedReader:
     def __init__(self, model: LlavaHD, prefix: Sample, room: int) -> None:
         self.model = model
         batch = pack([prefix], model.config).to(model.device)
-        layers = model.language.causal_lm.config.num_hidden_layers
-        self.cache = Cache(layers=[RoomyLayer(room) for _ in range(layers)])
+        last = model.language.causal_lm.config.num_hidden_layers - 1
+        self.cache = Cache(layers=[RoomyLayer(room, layer == last) for layer in range(last + 1)])
         self.length = len(prefix.ids)
         self.seen = Places.of(SHARED, range(self.length), model.device)
         self.prefix = self.seen
-        self._read(model.embeddings(batch), batch.positions, None)
+        try:
+            self._read(model.embeddings(batch), batch.positions, None)
+        except PrefixStored:
+            return
+        raise RuntimeError("the last layer stored no keys")  # not a decoder as we know them
 
     def rewind(self) -> None:
         """Forget everything behind the prefix."""
@@ -230,15 +237,20 @@ class Places:
         return (keys.owners[None] == SHARED) | (own & before)
 
 
+class PrefixStored(Exception):
+    """The last layer has stored the prefix; nothing that its pass would still compute is read."""
+
+
 class RoomyLayer(DynamicLayer):
     """One layer's keys and values `[1 Hkv n d]`, views of a store that has room for all tokens.
 
     transformers' own layer joins old and new tensors at each step, which would copy the prefix.
+    last: of the decoder; it raises PrefixStored when it has stored its first tokens, the prefix.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, last: bool = False) -> None:
         super().__init__()
-        self.room = room
+        self.room, self.last = room, last
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the store when the first keys tell its type."""
@@ -266,5 +278,7 @@ class RoomyLayer(DynamicLayer):
         for store, new in zip(self.stores, (key_states, value_states), strict=True):
             store[:, :, begin:end] = new
         self.keep(end)
+        if self.last and begin == 0:
+            raise PrefixStored
         # The first pass is causal over dense tensors; kernels read them as they are.
         return (key_states, value_states) if begin == 0 else (self.keys, self.values)

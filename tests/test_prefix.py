@@ -158,6 +158,26 @@ def test_the_image_is_encoded_once_and_its_keys_stand_once(pair, monkeypatch) ->
         assert layer.keys.data_ptr() == layer.stores[0].data_ptr() == store
 
 
+def test_the_last_layer_reads_the_prefix_no_further_than_its_keys(pair) -> None:
+    model, processor = pair
+    samples = asked(processor, QUESTIONS)
+    length = shared_length(samples, model.config.image_token_id)
+    layers = model.language.causal_lm.model.layers
+    rows: dict[str, list[int]] = {"first": [], "last": []}
+    hooks = [
+        layer.mlp.register_forward_hook(
+            lambda _, x, __, name=name: rows[name].append(x[0].shape[1])
+        )
+        for name, layer in (("first", layers[0]), ("last", layers[-1]))
+    ]
+    assert generate_shared(model, samples, 3, NEVER) is not None
+    for hook in hooks:
+        hook.remove()
+    own = sum(len(sample.ids) - length for sample in samples)
+    assert rows["last"] == [own, len(samples), len(samples)]
+    assert rows["first"] == [length, *rows["last"]]
+
+
 def test_an_end_token_ends_its_question_and_no_other(pair) -> None:
     model, processor = pair
     samples = asked(processor, QUESTIONS)
