@@ -15,6 +15,7 @@ Decoding is greedy. What a request asks for beyond that (drawing, beams) is refu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +27,8 @@ from tqdm import tqdm
 
 from ..hd.errors import DataError, UsageError
 from ..hd.image import as_rgb, image_size, is_image
-from ..hd.plan import plan_image
+from ..hd.limits import beyond_training
+from ..hd.plan import TooManyTokens, plan_image
 from ..model.generate import answer_batch, context_length
 from ..model.llava_hd import LlavaHD
 from ..model.processor import Processor
@@ -72,7 +74,10 @@ class LlavaHDAdapter(lmms):
         self.model = LlavaHD.from_pretrained(
             self.options.pretrained, dtype, self._device, self.options.attention
         )
-        self.processor = Processor.from_pretrained(self.options.pretrained)
+        self.processor = Processor.from_pretrained(self.options.pretrained, self.options.limits())
+        warning = beyond_training(self.model.config.hd, self.processor.config.hd)
+        if warning is not None:
+            tqdm.write(f"llava_hd: warning: {warning}", file=sys.stderr)
         self.told: set[str] = set()
 
     @property
@@ -214,7 +219,10 @@ class LlavaHDAdapter(lmms):
             )
         limit = context_length(self.model)
         hd = self.processor.config.hd
-        tokens = sum(plan_image(image_size(image), hd).num_tokens for image in row.images)
+        try:
+            tokens = sum(plan_image(image_size(image), hd).num_tokens for image in row.images)
+        except TooManyTokens as error:
+            raise DataError(f"{row.where}: {error}") from error
         tokens += len(self.processor.tokenizer(row.text).input_ids)
         if limit is not None and tokens >= limit:
             raise DataError(

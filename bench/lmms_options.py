@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..hd.errors import UsageError
+from ..hd.limits import ResolutionLimits, parse_grid
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHOICES = {
@@ -29,6 +30,8 @@ class AdapterOptions:
     time. max_new_tokens: for tasks that set none. prompts: "task" takes the task's words, "paper"
     puts the paper's response prompts in their place (bench/lmms_prompts.py). many_images: of a row
     with several images (SEED's videos) the "middle" one, as LLaVA was evaluated, or "all" of them.
+    max_tiles, max_visual_tokens, grid ("2x3"): of an image, instead of what the model was trained
+    on (hd/limits.py).
     """
 
     pretrained: str
@@ -39,6 +42,9 @@ class AdapterOptions:
     max_new_tokens: int = 1024
     prompts: str = "task"
     many_images: str = "middle"
+    max_tiles: int | None = None
+    max_visual_tokens: int | None = None
+    grid: str | None = None
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -48,6 +54,12 @@ class AdapterOptions:
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}: give a number from 1")
+        self.limits()
+
+    def limits(self) -> ResolutionLimits:
+        """Of the images' resolution. Raises UsageError for what cannot be."""
+        grid = None if self.grid is None else parse_grid(self.grid)
+        return ResolutionLimits(self.max_tiles, self.max_visual_tokens, grid)
 
 
 def parse_options(given: Mapping[str, Any]) -> AdapterOptions:
@@ -60,7 +72,8 @@ def parse_options(given: Mapping[str, Any]) -> AdapterOptions:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}=?" if close else f"there is {', '.join(known)}"
             raise UsageError(f"--model_args: {name}= is not an option of llava_hd; {hint}")
-        values[name] = _whole_number(name, value) if known[name].type == "int" else str(value)
+        is_count = str(known[name].type).startswith("int")
+        values[name] = _whole_number(name, value) if is_count else str(value)
     if "pretrained" not in values:
         raise UsageError("--model_args pretrained=DIR is missing; give the folder of a model")
     return AdapterOptions(**values)

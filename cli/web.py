@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from ..hd.errors import UsageError
 from ..hd.image import ImageLimits
-from ..hd.limits import NO_LIMITS
+from ..hd.limits import ResolutionLimits
 from .listening import LOOPBACK_NAMES, is_loopback, listen, shown_address
 from .parser import Parser
-from .resolution import tell_before
+from .resolution import add_limits, limits_of, tell_before
 
 if TYPE_CHECKING:
     import uvicorn
@@ -44,6 +44,7 @@ def build_parser(command: str) -> Parser:
         [
             "llava-hd web --model runs/vicuna-7b-hd448",
             "llava-hd web --model runs/demo/base/stage2 runs/demo/hd/stage2 --port 0",
+            "llava-hd web --model runs/vicuna-7b-hdflex --max-visual-tokens 1312",
         ],
     )
     add = parser.add_argument
@@ -60,6 +61,7 @@ def build_parser(command: str) -> Parser:
     add("--max-pixels", type=int, default=40_000_000, help="pixels of an upload")
     add("--tabs", type=int, default=16, help="conversations held at a time")
     add("--queue", type=int, default=16, help="questions and uploads that may wait")
+    add_limits(parser)
     return parser
 
 
@@ -159,21 +161,44 @@ def _open_hall(args: Namespace, folder: Path, limits: WebLimits) -> Hall:
         raise UsageError(f"--dtype {args.dtype!r} is unknown; there is {', '.join(DTYPES)}")
     device, dtype = device_and_dtype(args.device, args.dtype)
     names = model_names(args.model)
+    limits_of_each = share_limits(names, [Path(path) for path in args.model], limits_of(args))
     entrants = []
-    for name, path in zip(names, args.model, strict=True):
-        tell_before(Path(path), NO_LIMITS, dtype)
+    for name, path, resolution in zip(names, args.model, limits_of_each, strict=True):
+        tell_before(Path(path), resolution, dtype)
         print(f"reading {path} ...", file=sys.stderr, flush=True)
-        entrants.append(_load(name, Path(path), device, getattr(torch, dtype)))
+        entrants.append(_load(name, Path(path), device, getattr(torch, dtype), resolution))
     return Hall(entrants, folder, limits)
 
 
-def _load(name: str, folder: Path, device: str, dtype: object) -> Entrant:
+def _load(
+    name: str, folder: Path, device: str, dtype: object, resolution: ResolutionLimits
+) -> Entrant:
     from ..model.llava_hd import LlavaHD
     from ..model.processor import Processor
     from .web_session import Entrant
 
     model = LlavaHD.from_pretrained(folder, dtype=dtype, device=device)  # type: ignore[arg-type]
-    return Entrant(name, model, Processor.from_pretrained(folder))
+    return Entrant(name, model, Processor.from_pretrained(folder, resolution))
+
+
+def share_limits(
+    names: list[str], folders: list[Path], limits: ResolutionLimits
+) -> list[ResolutionLimits]:
+    """The limits of each model. Limits of grids are for models with tiles; beside one of them, a
+    model with one view is asked without, which is told on stderr."""
+    from ..model.foreign import read_config
+
+    tiled = [bool(read_config(folder).hd.grids) for folder in folders]
+    shared = []
+    for name, has_tiles in zip(names, tiled, strict=True):
+        own = limits
+        if any(tiled) and not has_tiles:
+            own = replace(limits, max_tiles=None, grid=None)
+            if own != limits:
+                line = f"{name} sees one view and no tiles; --max-tiles and --grid are not for it"
+                print(f"llava-hd: note: {line}", file=sys.stderr)
+        shared.append(own)
+    return shared
 
 
 def model_names(folders: list[str]) -> list[str]:

@@ -66,8 +66,10 @@ def build_page(hall: Hall, examples: Sequence[Path]) -> gr.Blocks:
     names = [entrant.name for entrant in hall.entrants]
     fitting = [fitting_presets(entrant.processor.config.hd) for entrant in hall.entrants]
     presets = list(dict.fromkeys(preset for fits in fitting for preset in fits))
+    limited = any(entrant.is_limited for entrant in hall.entrants)
+    begun = "as the command says" if limited else "as trained"
     with gr.Blocks(analytics_enabled=False, title=TITLE, fill_width=True) as page:
-        parts = lay_out(names, presets, examples)
+        parts = lay_out(names, begun, presets, examples)
         _connect(page, Events(hall, parts, tuple(examples)))
     # Questions are bounded by the hall, which can say so; this bounds whatever else comes.
     most = 2 * hall.limits.waiting + hall.limits.max_tabs

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from .web_pictures import AS_TRAINED
+from .web_pictures import AS_BEGUN
 
 TITLE = "llava-hd"
 LARGEST_GRID = 12
@@ -70,7 +70,9 @@ class Parts:
         return [*self.chats, self.banner, self.question, self.send, self.stop]
 
 
-def lay_out(names: Sequence[str], presets: Sequence[str], examples: Sequence[Path]) -> Parts:
+def lay_out(
+    names: Sequence[str], begun: str, presets: Sequence[str], examples: Sequence[Path]
+) -> Parts:
     """The controls on the left; for one model its chat and its picture, for two each in a column
     of its own; the question below them."""
     title = html.escape(" and ".join(names))
@@ -101,8 +103,8 @@ def lay_out(names: Sequence[str], presets: Sequence[str], examples: Sequence[Pat
                 elem_id="examples",
             )
             preset = gr.Dropdown(
-                [AS_TRAINED, *presets],
-                value=AS_TRAINED,
+                [(begun, AS_BEGUN), *presets],
+                value=AS_BEGUN,
                 label="Geometry",
                 info="Another one begins a new conversation.",
                 elem_id="preset",

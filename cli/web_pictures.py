@@ -19,7 +19,7 @@ from ..hd.preview import draw_plan
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-AS_TRAINED = "as trained"
+AS_BEGUN = "as begun"  # as trained, within the limits that the command was given
 THUMBNAIL_PX = 384
 NUM_EXAMPLES = 8
 
@@ -77,17 +77,17 @@ def fitting_presets(trained: HDConfig) -> list[str]:
     return [name for name in PRESETS if _of_preset(trained, name).reads_like(trained)]
 
 
-def chosen_geometry(trained: HDConfig, preset: str, max_tiles: int | None) -> HDConfig:
-    """The geometry that the controls say. preset: one of PRESETS or AS_TRAINED; max_tiles: all
-    grids of at most so many tiles instead. What a model cannot be asked with leaves it as it was
-    trained. Raises UsageError for values that no control has."""
-    if preset not in (*PRESETS, AS_TRAINED):
+def chosen_geometry(first: HDConfig, preset: str, max_tiles: int | None) -> HDConfig:
+    """The geometry that the controls say. first: the one that the page begins with; preset: one of
+    PRESETS or AS_BEGUN; max_tiles: all grids of at most so many tiles instead. What a model cannot
+    be asked with leaves it as it began. Raises UsageError for values that no control has."""
+    if preset not in (*PRESETS, AS_BEGUN):
         raise UsageError(f"geometry {preset!r} is unknown; choose one of the list")
     limits = ResolutionLimits(max_tiles=max_tiles)
-    if not trained.grids:
-        return trained
-    chosen = trained if preset == AS_TRAINED else _of_preset(trained, preset)
-    return limited(chosen if chosen.reads_like(trained) else trained, limits)
+    if not first.grids:
+        return first
+    chosen = first if preset == AS_BEGUN else _of_preset(first, preset)
+    return limited(chosen if chosen.reads_like(first) else first, limits)
 
 
 def _of_preset(trained: HDConfig, preset: str) -> HDConfig:

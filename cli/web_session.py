@@ -21,11 +21,17 @@ from .web_tab import Geometry, Tab, WebLimits
 
 @dataclass(frozen=True)
 class Entrant:
-    """A model that the page asks, under its name."""
+    """A model that the page asks, under its name. processor: within the limits of resolution that
+    the command was given; a page begins with that geometry."""
 
     name: str
     model: LlavaHD
     processor: Processor
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it begins with another geometry than it was trained on."""
+        return self.processor.config.hd != self.model.config.hd
 
 
 class Hall:
@@ -44,9 +50,9 @@ class Hall:
         """New conversations with all models, which see images in this geometry."""
         chats = []
         for entrant in self.entrants:
-            trained = entrant.processor.config
-            hd = chosen_geometry(trained.hd, geometry.preset, geometry.max_tiles)
-            processor = Processor(entrant.processor.tokenizer, replace(trained, hd=hd))
+            first = entrant.processor.config
+            hd = chosen_geometry(first.hd, geometry.preset, geometry.max_tiles)
+            processor = Processor(entrant.processor.tokenizer, replace(first, hd=hd))
             chats.append(ChatSession(entrant.model, processor))
         return chats
 

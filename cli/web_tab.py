@@ -24,7 +24,7 @@ from ..hd.plan import TilePlan, TooManyTokens, plan_image
 from ..model.chat import ChatSession
 from ..model.stream import Piece
 from ..train.record_images import has_lone_surrogate
-from .web_pictures import AS_TRAINED, Picture, draw_tiles, remove
+from .web_pictures import AS_BEGUN, Picture, draw_tiles, remove
 
 if TYPE_CHECKING:
     from .web_session import Hall
@@ -66,10 +66,10 @@ class WebLimits:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the page's controls say: a preset or "as trained", and the most tiles of a grid (None:
-    the preset's grids)."""
+    """What the page's controls say: a preset or AS_BEGUN, and the most tiles of a grid (None: the
+    preset's grids)."""
 
-    preset: str = AS_TRAINED
+    preset: str = AS_BEGUN
     max_tiles: int | None = None
 
 
@@ -112,7 +112,7 @@ class Tab:
 
     def note(self, number: int) -> str:
         """A word where a model is asked with grids that it was not trained on."""
-        trained = self.hall.entrants[number].processor.config.hd
+        trained = self.hall.entrants[number].model.config.hd
         return beyond_training(trained, self.geometries[number]) or ""
 
     def place(self, picture: Picture | None) -> None:

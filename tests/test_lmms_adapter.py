@@ -19,8 +19,10 @@ from llava_hd.bench.lmms_adapter import LlavaHDAdapter, decoding, flat
 from llava_hd.bench.lmms_manifest import manifest
 from llava_hd.bench.lmms_options import parse_options
 from llava_hd.hd.errors import DataError, UsageError
+from llava_hd.hd.limits import ResolutionLimits
 from llava_hd.model.assemble import assemble
-from llava_hd.model.generate import answer
+from llava_hd.model.generate import answer, answer_batch
+from llava_hd.model.processor import Processor
 from llava_hd.model.scores import score_answers
 
 TASK, SPLIT = "a_task", "test"
@@ -192,6 +194,10 @@ def test_options_are_checked_before_a_model_is_loaded() -> None:
         ({"pretrained": "x", "batch_size": 0}, "give a number from 1"),
         ({"pretrained": "x", "dtype": "int8"}, "dtype=int8 is unknown"),
         ({"pretrained": "x", "prompts": "mine"}, "prompts=mine is unknown"),
+        ({"pretrained": "x", "max_tiles": "few"}, "max_tiles=few: give a whole number"),
+        ({"pretrained": "x", "max_tiles": 0}, "max_tiles must be a whole number from 1, not 0"),
+        ({"pretrained": "x", "grid": "2by1"}, "grid '2by1' is not ROWSxCOLS"),
+        ({"pretrained": "x", "grid": "1x2", "max_tiles": 3}, "grid 1x2 allows no other"),
     ):
         with pytest.raises(UsageError, match=message):
             parse_options(given)
@@ -214,3 +220,19 @@ def test_the_entry_point_of_the_package_leads_to_the_manifest() -> None:
     for found in registry._coerce_payload_to_manifests(point.load()):
         registry.register_manifest(found)
     assert registry.list_model_names() == ["llava_1_5_hd", "llava_hd"]
+
+
+def test_resolution_is_limited_as_everywhere(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = adapter(folder, grid="3x3", max_new_tokens=4)
+    assert "trained on grids of at most 6 tiles, used with at most 9" in capsys.readouterr().err
+    limits = ResolutionLimits(grid=(3, 3))
+    processor = Processor.from_pretrained(folder, limits)
+    images, text = DOCS[0]["images"], DOCS[0]["text"]
+    assert processor.cut(images[0]).plan.grid == (3, 3)
+    [found, *_] = made.generate_until(instances(lambda number: {**GREEDY, "max_new_tokens": 4}))
+    assert found == answer_batch(made.model, processor, images, [text], 4)[0]
+    few = adapter(folder, max_visual_tokens="20")
+    with pytest.raises(DataError, match=rf"{TASK}, row 0: an image of .* needs at least"):
+        few.generate_until(instances(lambda number: GREEDY))

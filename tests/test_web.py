@@ -13,7 +13,7 @@ from tiny import random_image, save_parts, tiny_hd
 from web_running import Page, WebServer, open_browser
 
 from llava_hd.cli.main import main
-from llava_hd.cli.web import model_names
+from llava_hd.cli.web import model_names, share_limits
 from llava_hd.hd.grid import HDConfig
 from llava_hd.hd.limits import ResolutionLimits, limited
 from llava_hd.hd.plan import plan_image
@@ -250,6 +250,19 @@ def test_the_command_refuses_what_it_cannot_do(
     assert f"model folder {none} is not a folder" in told and "warning" not in told
     told = refusal(capsys, "--model", none, "--port", "0", "--host", "0.0.0.0")
     assert "--host 0.0.0.0: whoever reaches this machine can use the page" in told
+
+
+def test_limits_of_grids_are_for_models_with_tiles(
+    models: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits, folders = ResolutionLimits(max_visual_tokens=90, grid=(2, 1)), list(map(Path, models))
+    without = ResolutionLimits(max_visual_tokens=90)
+    assert share_limits(["hd", "base"], folders, limits) == [limits, without]
+    assert capsys.readouterr().err.startswith("llava-hd: note: base sees one view and no tiles; --")
+    told = refusal(capsys, "--model", models[1], "--port", "0", "--grid", "2x1")
+    assert "--grid has no meaning for a model that sees one view" in told
+    told = refusal(capsys, "--model", models[0], "--port", "0", "--grid", "2by1")
+    assert "--grid '2by1' is not ROWSxCOLS" in told
 
 
 def test_models_are_called_by_the_end_of_their_path(tmp_path: Path) -> None:

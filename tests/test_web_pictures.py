@@ -12,7 +12,7 @@ from tiny import random_image, tiny_hd
 
 from llava_hd.bench.faults_images import fine_images, image_faults, write_content
 from llava_hd.cli.web_pictures import (
-    AS_TRAINED,
+    AS_BEGUN,
     THUMBNAIL_PX,
     chosen_geometry,
     counts_html,
@@ -116,13 +116,13 @@ def test_the_presets_are_those_that_the_model_reads() -> None:
 
 def test_the_controls_choose_grids_in_the_models_own_tiles() -> None:
     trained, base = tiny_hd("hd448"), tiny_hd("base336")
-    assert chosen_geometry(trained, AS_TRAINED, None) == trained
+    assert chosen_geometry(trained, AS_BEGUN, None) == trained
     assert chosen_geometry(trained, "hdflex", None) == tiny_hd("hdflex")
-    three = chosen_geometry(trained, AS_TRAINED, 3)
+    three = chosen_geometry(trained, AS_BEGUN, 3)
     assert {rows * cols for rows, cols in three.grids} == {1, 2, 3} and three.tile_px == 56
     assert chosen_geometry(trained, "base336", None) == trained
     assert chosen_geometry(base, "hdflex", 3) == base
-    for preset, most in (("hd9", None), (AS_TRAINED, -1), (AS_TRAINED, 10_000)):
+    for preset, most in (("hd9", None), (AS_BEGUN, -1), (AS_BEGUN, 10_000)):
         with pytest.raises(UsageError):
             chosen_geometry(trained, preset, most)
 

@@ -235,6 +235,21 @@ def test_a_geometry_begins_anew_and_is_noted_where_it_was_not_trained(hall: Hall
     assert len(tab.messages(0)) == 3
 
 
+def test_a_page_begins_within_the_limits_of_the_command(entrants, tmp_path: Path) -> None:
+    hd, base = entrants
+    larger = replace(hd, processor=hd.processor.limited(ResolutionLimits(grid=(3, 3))))
+    assert larger.is_limited and not hd.is_limited
+    tab = Hall((larger, base), tmp_path, LIMITS).enter("page")
+    tab.place(picture(tab.hall, size=(160, 160)))
+    (plan, _), (view, _) = tab.seen()
+    assert plan.grid == (3, 3) and view.num_tiles == 1
+    assert "trained on grids of at most 6 tiles" in tab.note(0) and tab.note(1) == ""
+    tab.set_geometry(Geometry("hd448"))
+    assert tab.seen()[0][0].grid == (2, 2) and tab.note(0) == ""
+    tab.set_geometry(Geometry())
+    assert tab.seen()[0][0].grid == (3, 3)
+
+
 def test_the_page_that_was_quiet_longest_makes_room(hall: Hall) -> None:
     tabs = {key: hall.enter(key) for key in ("a", "b", "c")}
     tabs["a"].place(picture(hall))
