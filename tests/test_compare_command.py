@@ -1,4 +1,4 @@
-"""`llava-hd compare` as a user calls it: tables, JSON, the report with its pictures, refusals."""
+"""`llava-hd compare` as a user calls it: tables, JSON, the report with its pictures."""
 
 from __future__ import annotations
 
@@ -8,71 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from compare_runs import make_folder, make_run, run
 from PIL import Image
-from pope_files import image_name, true_label, write_lines, write_pope
-from tiny import random_image, tiny_hd
+from pope_files import image_name, write_lines
 
 from llava_hd.bench.contestants import show_p
 from llava_hd.bench.pope import PROMPT
 from llava_hd.bench.pope_data import read_questions, split_files
-from llava_hd.bench.pope_run import RunRecord, describe_files, evaluate
-from llava_hd.cli.main import main
-
-FLIP = {"yes": "No", "no": "Yes"}
-
-
-def make_run(
-    folder: Path, name: str, wrong: set[int], preset: str | None = "hd448", prompt: str = PROMPT
-) -> Path:
-    """An evaluation of a model that errs on the question ids in `wrong`."""
-    files = split_files([folder / "pope"])
-    questions = read_questions(files)
-    record = RunRecord(
-        model={"path": f"/models/{name}", "fingerprint": name[0] * 64}
-        | ({"hd": tiny_hd(preset).to_dict()} if preset else {}),
-        prompt=prompt,
-        questions=tuple(describe_files(files, questions)),
-        images=str(folder / "images"),
-        decoding={"max_new_tokens": 16, "greedy": True, "dtype": "float32"},
-        limit=None,
-        batch_size=6,
-        device="cpu",
-    )
-    ids = {(q.image, q.text): q.question_id for q in questions}
-
-    def answer(images: list[Path], texts: list[str]) -> list[str]:
-        labels = [true_label(text) for text in texts]
-        asked = [(i.name, t.removesuffix(prompt)) for i, t in zip(images, texts, strict=True)]
-        return [
-            FLIP[label] if ids[key] in wrong else label.title()
-            for key, label in zip(asked, labels, strict=True)
-        ]
-
-    images = {name: folder / "images" / name for name in {q.image for q in questions}}
-    evaluate(questions, images, answer, folder / name, record)
-    return folder / name
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return make_folder(tmp_path, num_images=20)
-
-
-def make_folder(tmp_path: Path, num_images: int) -> Path:
-    """Questions, images and two runs, which err on the first four images only."""
-    write_pope(tmp_path / "pope", num_images)
-    (tmp_path / "images").mkdir()
-    for number in range(num_images):
-        random_image((60, 80), seed=number).save(tmp_path / "images" / image_name(number))
-    make_run(tmp_path, "base", wrong={1, 2, 5, 7, 8, 10, 14, 15, 19, 20}, preset="base224")
-    make_run(tmp_path, "hd", wrong={2, 3, 13})
-    return tmp_path
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = main([str(word) for word in ("compare", *words)])
-    done = capsys.readouterr()
-    return code, done.out, done.err
 
 
 def test_both_models_stand_side_by_side_with_what_was_measured(
@@ -137,27 +84,6 @@ def test_json_is_what_report_json_holds(folder: Path, capsys: pytest.CaptureFixt
     }  # fmt: skip
 
 
-def test_without_images_the_report_is_made_without_pictures(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "images").rename(folder / "moved")
-    code, out, _ = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
-    assert code == 0
-    assert "without pictures: give their folder with --images" in out
-    assert "<img" not in (folder / "cmp" / "report.html").read_text()
-    code, out, _ = run(
-        capsys,
-        folder / "base",
-        folder / "hd",
-        "--out",
-        folder / "cmp",
-        "--images",
-        folder / "moved",
-    )
-    assert code == 0
-    assert "<img" in (folder / "cmp" / "report.html").read_text()
-
-
 def test_foreign_answers_are_compared_with_question_files(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,28 +102,6 @@ def test_foreign_answers_are_compared_with_question_files(
     assert "strict parser" in out
 
 
-def test_differing_settings_are_pointed_out(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_run(folder, "other", wrong={1}, prompt="")
-    _, out, _ = run(capsys, folder / "hd", folder / "other", "--out", folder / "cmp")
-    assert 'The response prompt differs: "\\nAnswer the question' in " ".join(out.split())
-    page = (folder / "cmp" / "report.html").read_text()
-    assert "The response prompt differs" in page
-
-
-def test_different_questions_are_refused_and_nothing_is_written(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = (folder / "hd" / "answers.jsonl").read_text().splitlines(keepends=True)
-    (folder / "short.jsonl").write_text("".join(lines[3:]))
-    code, out, err = run(capsys, folder / "base", folder / "short.jsonl", "--out", folder / "cmp")
-    assert (code, out, err.count("\n")) == (3, "", 1)
-    assert f"3 only in {folder / 'base' / 'answers.jsonl'}" in err
-    assert f"0 only in {folder / 'short.jsonl'}" in err
-    assert not (folder / "cmp").exists()
-
-
 def test_folders_of_the_same_name_are_told_apart(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,105 +114,6 @@ def test_folders_of_the_same_name_are_told_apart(
     assert "x (A) and y (B)" in out
     _, out, _ = run(capsys, *words, "--names", "HD [448]", "base")
     assert "HD [448] (A) and base (B)" in out
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["base"], "two models or more"),
-        (["base", "base"], "two models are called"),
-        (["base", "nothing"], "nothing"),
-        (["base", "images"], "no answers.jsonl"),
-        (["base", "hd", "--parser", "loose"], "'loose'"),
-        (["base", "hd", "--seed", "-1"], "--seed"),
-        (["base", "hd", "--resamples", "99"], "--resamples 99: give a number from 100"),
-        (["base", "hd", "--out", "images/photo_0.png/deep/x"], "images/photo_0.png is a file"),
-        (["base", "hd", "--images", "pope"], "photo_0.png"),
-        (["base", "hd", "--names", "m", "m"], "--names"),
-        (["base", "hd", "--names", "m", "n", "o"], "--names gives 3 names for 2 models"),
-        (["base", "hd", "--out", "images/photo_0.png"], "is a file"),
-    ],
-)
-def test_bad_usage_is_one_line_and_exit_code_2(
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    words: list[str],
-    said: str,
-) -> None:
-    monkeypatch.chdir(folder)
-    code, out, err = run(capsys, *words)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert said in err
-    assert not (folder / "comparison").exists()
-
-
-def test_few_images_get_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_folder(tmp_path, num_images=1)
-    code, out, _ = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
-    assert code == 0
-    assert "is better" not in out
-    assert "bootstrap p" not in out
-    assert "No verdict, the images are too few: mean F1" in out
-    said = "Too few images for intervals and p by bootstrap: random has 1, popular has 1"
-    assert said in " ".join(out.split())
-    page = (folder / "cmp" / "report.html").read_text()
-    assert said in page
-    assert "is better" not in page
-    report = json.loads((folder / "cmp" / "report.json").read_text())
-    assert report["warnings"][0].startswith(said)
-    [pair] = report["comparison"]["pairs"]
-    assert pair["difference"]["mean"]["f1"]["p"] is None
-    assert pair["mcnemar"]["all"]["only_b"] > 0
-    assert pair["power"]["all"]["design_effect"] is None
-
-
-def test_damaged_and_missing_images_leave_cards_without_pictures(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "images" / image_name(0)).write_bytes(b"no image")
-    (folder / "images" / image_name(1)).unlink()
-    code, _, _ = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
-    assert code == 0
-    page = (folder / "cmp" / "report.html").read_text()
-    assert "2 images are missing, damaged or refused and not shown: " in page
-    assert f"{folder / 'images' / image_name(0)}: not an image" in page
-    assert page.count("<article>") > len(re.findall(r"<article>\s*<img", page)) > 0
-    assert "photo_2.png as seen by hd" in page
-
-
-@pytest.mark.parametrize("place", ["absolute", "above", "link"])
-def test_an_image_outside_the_folder_is_never_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
-) -> None:
-    secret = tmp_path / "secret.png"
-    random_image((30, 30), seed=9).save(secret)
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "link.png").symlink_to(secret)
-    random_image((30, 30), seed=8).save(tmp_path / "images" / "plain.png")
-    name = {"absolute": str(secret), "above": "../secret.png", "link": "link.png"}[place]
-    for side, text in (("a", "Yes"), ("b", "No")):
-        line = {"split": "random", "question": "Is it?", "label": "yes", "text": text}
-        lines = [{**line, "question_id": n, "image": x} for n, x in enumerate((name, "plain.png"))]
-        write_lines(tmp_path / f"{side}.jsonl", lines)
-    words = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--images", tmp_path / "images"]
-    code, _, _ = run(capsys, *words, "--out", tmp_path / "cmp")
-    assert code == 0
-    page = (tmp_path / "cmp" / "report.html").read_text()
-    assert (page.count("<article>"), page.count("<img")) == (2, 1)
-    assert "1 image is missing, damaged or refused and not shown: " in page
-
-
-def test_nothing_is_written_when_the_report_cannot_be_made(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = folder / "hd" / "run.json"
-    record = json.loads(path.read_text())
-    record["model"]["hd"]["tile_pixels"] = 3  # drawing what the model sees fails on it
-    path.write_text(json.dumps(record))
-    code, _, err = run(capsys, folder / "base", folder / "hd", "--out", folder / "cmp")
-    assert (code, err.count("\n")) == (2, 1)
-    assert not (folder / "cmp").exists()
 
 
 def test_a_question_of_several_splits_is_one_example(folder: Path) -> None:
