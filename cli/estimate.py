@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..bench.files import check_out, write_json
+from ..bench.files import write_json
 from ..hd.errors import UsageError
+from ..hd.files import check_out
 from ..train.recipe import find_recipe, load_config, read_recipe
 from .parser import Parser
 from .train import add_settings, given_settings
