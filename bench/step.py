@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -63,6 +64,7 @@ NOTES = (
     "both stages cut pictures into tiles, as LlavaNext must; lengths are drawn from rough tables",
     "one optimizer for all: torch's fused AdamW in the type of the weights",
     "the largest loss difference is relative to ours, over all steps of the first process",
+    "CPU time is the training process's own: what its loader processes do is in the clock alone",
 )
 Say = Callable[[str], None]
 
@@ -72,20 +74,29 @@ def run_benchmark(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
 
     The record: environment, request, model, data, peak (what the utilisation is a share of), rows,
     ratios, losses, targets, processes, notes, complete (False after Ctrl-C: what was finished).
-    Raises UsageError for a folder with results, LlavaHDError where ours does not run.
+    Raises UsageError for a folder with results, LlavaHDError where ours does not run; what was
+    finished by then is written.
     """
     out = result_folder(request.out, torch.device(request.device), RECORD)
     with so_many_threads(request.threads):
-        record = _measure(request, say)
+        record, failure = _measure(request, say)
     record["request"]["out"] = str(out)
     if record["rows"]:
         first = next(row for row in record["rows"] if not row["reason"])
         files = {TABLE: csv_text(record["rows"], list(first)), RECORD: json_text(record)}
         write_results(out, files)
+    if failure is not None:
+        raise LlavaHDError(f"{failure}; {kept_words(out / RECORD)}") from failure
     return record, out
 
 
-def _measure(request: Request, say: Say) -> dict[str, Any]:
+def kept_words(path: Path) -> str:
+    """What a run that ends early leaves."""
+    return f"what was finished is in {path}" if path.exists() else "nothing is kept"
+
+
+def _measure(request: Request, say: Say) -> tuple[dict[str, Any], LlavaHDError | None]:
+    """The record, and why it is not complete where a process of ours has failed."""
     device = torch.device(request.device)
     sizes = sizes_of(request)
     record: dict[str, Any] = {
@@ -102,6 +113,7 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
         "notes": list(NOTES),
         "complete": True,
     }
+    failure = None
     say(f"{device_name(device)}, {request.dtype}, {torch.get_num_threads()} threads")
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -115,6 +127,8 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
             _race(request, folder, found, reasons, say)
         except KeyboardInterrupt:
             record["complete"] = False
+        except LlavaHDError as error:
+            record["complete"], failure = False, error
     on_gpu = device.type == "cuda"
     for stage, own in found.items():
         if OURS not in own:
@@ -129,7 +143,7 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
                 taken_record(stage, name, number, taken) for number, taken in enumerate(rounds)
             ]
     record["targets"] = targets_of(record["rows"], record["ratios"], on_gpu, request.geometry)
-    return record
+    return record, failure
 
 
 def sizes_of(request: Request) -> Sizes:
@@ -239,15 +253,26 @@ def _short(stages: dict[str, Any]) -> str:
 
 
 def run_process(request: Request, name: str, folder: Path) -> dict[str, Any]:
-    """One process of a competitor; what it has written. LlavaHDError where it dies."""
+    """One process of a competitor; what it has written, or of every stage why it has died (without
+    memory the system kills it). LlavaHDError where ours dies."""
     job, result = folder / "job.json", folder / "result.json"
     write_job(Job(name, request, folder, result), job)
     command = [sys.executable, "-m", "llava_hd.bench.step_process", str(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
-        raise LlavaHDError(f"bench step: {name} ended with code {done.returncode}: {last[0]}")
+        why = end_words(done.returncode, done.stderr)
+        if name == OURS:
+            raise LlavaHDError(f"bench step: {name} {why}")
+        return {str(stage): {"reason": why} for stage in request.stages}
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def end_words(code: int, stderr: str) -> str:
+    """How a process has ended that should have ended with 0."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name} (SIGKILL: often for want of memory)"
+    last = stderr.strip().splitlines()[-1:] or ["without a word"]
+    return f"ended with code {code}: {last[0][:160]}"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -258,7 +283,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add_options(parser)
     args = parser.parse_args(words)
     try:
-        request = request_of(args, f"{call} {' '.join(words)}", torch.cuda.is_available())
+        request = request_of(args, f"{call} {' '.join(words)}", torch.cuda.device_count())
         return finish(request, args.json, lambda record: None)
     except LlavaHDError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -271,7 +296,7 @@ def tell(line: str) -> None:
 
 
 def finish(request: Request, as_json: bool, show: Callable[[dict[str, Any]], None]) -> int:
-    """Measure, print as JSON or by `show`. Raises Interrupted after Ctrl-C, with what is kept."""
+    """Measure, print as JSON or by `show`. Raises Interrupted after Ctrl-C, told what is kept."""
     if request.growth:
         from .step_growth import RECORD as GROWTH
         from .step_growth import run_growth
@@ -281,13 +306,14 @@ def finish(request: Request, as_json: bool, show: Callable[[dict[str, Any]], Non
     else:
         record, out = run_benchmark(request, tell)
         path, chosen = out / RECORD, shown(record)
-    if as_json:
-        print(json_text(chosen), end="")
-    else:
-        show(record)
-    tell(f"results: {path}")
+    if path.exists():  # not after a Ctrl-C before anything was finished
+        if as_json:
+            print(json_text(chosen), end="")
+        else:
+            show(record)
+        tell(f"results: {path}")
     if not record["complete"]:
-        raise Interrupted(f"what was finished is in {path}")
+        raise Interrupted(kept_words(path))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,14 +129,12 @@ def add_options(parser: Any) -> None:
     add("--json", action="store_true", help="print ratios, targets and the loss difference")
 
 
-def request_of(args: Namespace, command: str, on_gpu: bool) -> Request:
-    """The request of parsed options; on_gpu: whether there is a GPU. Raises UsageError."""
+def request_of(args: Namespace, command: str, num_gpus: int) -> Request:
+    """The request of parsed options; num_gpus: of this machine. Raises UsageError."""
     if args.out is not None and not args.out:
         raise UsageError("--out is empty; give a folder")
-    device = args.device or ("cuda" if on_gpu else "cpu")
-    cuda = device.startswith("cuda")
-    if cuda and not on_gpu:
-        raise UsageError(f"--device {device}: torch finds no GPU here; try --device cpu")
+    device = args.device or ("cuda" if num_gpus else "cpu")
+    cuda = _is_cuda(device, num_gpus)
     geometry = args.geometry or ("nano" if args.quick else "7b" if cuda else "1b")
     usual_tile = 224 if cuda and geometry != "nano" else 56
     usual_layers = 4 if geometry == "1b" and not cuda else None
@@ -162,6 +161,20 @@ def request_of(args: Namespace, command: str, on_gpu: bool) -> Request:
         out=None if args.out is None else Path(args.out),
         command=command,
     )
+
+
+def _is_cuda(device: str, num_gpus: int) -> bool:
+    """Whether a device is a GPU. UsageError for one that is not there, or of another kind."""
+    if device == "cpu":
+        return False
+    named = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if named is None:
+        raise UsageError(f"--device {device}: give cpu, cuda or cuda:N")
+    if not num_gpus:
+        raise UsageError(f"--device {device}: torch finds no GPU here; try --device cpu")
+    if int(named[1] or 0) >= num_gpus:
+        raise UsageError(f"--device {device}: the last GPU here is cuda:{num_gpus - 1}")
+    return True
 
 
 def _given(value: Any, usual: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -40,8 +41,9 @@ class Job:
 @dataclass(frozen=True)
 class Taken:
     """What the steps of a stage took: seconds by the clock (of them waiting for data), seconds of
-    the processor, losses of all steps (those before the clock started too), tokens that were
-    computed, passes, and the most memory that was held."""
+    the processor in this process (loader processes have their own), losses of all steps (those
+    before the clock started too), tokens that were computed, passes, and the most memory that was
+    held."""
 
     seconds: list[float]
     waited: list[float]
@@ -101,7 +103,8 @@ def run_stage(job: Job, stage: int) -> Taken:
 
 
 def take_steps(runner: Runner, request: Request, device: torch.device) -> Taken:
-    """The steps one after the other; the first `warm_up` have no time."""
+    """The steps one after the other; the first `warm_up` have no time. FloatingPointError where a
+    loss is not finite: what comes after is no training that could be compared."""
     seconds, waited, cpu, losses = [], [], [], []
     computed = passes = 0
     for step in range(request.num_steps):
@@ -109,6 +112,8 @@ def take_steps(runner: Runner, request: Request, device: torch.device) -> Taken:
         made = next(runner.steps)
         ready = time.perf_counter()
         losses.append(train_step(runner.model, runner.optimizer, made))  # waits for the device
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the loss of step {step + 1} is {losses[-1]}")
         if step < request.warm_up:
             continue
         seconds.append(time.perf_counter() - begin)
