@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ from ..model.rival import SIZES
 from .step import RECORD as STEP
 from .step_growth import RECORD as GROWTH
 from .step_options import COMPETITORS, OURS
+from .step_profile import TABLE as PROFILE
 
+LONGEST_NAME = 70  # of a kernel
 CHARTS = {STEP: "step.png", GROWTH: "step-growth.png"}
 # What each file must have, to be told from a file of another kind, and each entry of its lists.
 KEYS = {STEP: ("rows", "ratios", "losses", "targets", "data", "peak"), GROWTH: ("points", "curves")}
@@ -162,11 +165,29 @@ def _race(result: StepResult, beside: Path) -> Iterator[str]:
     yield _targets(record)
     for data in record["data"]:
         yield _stage(data, record)
+    yield from _profile(result.folder / PROFILE)
     yield f"![Whole steps]({_link(result.folder / CHARTS[STEP], beside)})"
     for one in record["losses"]:
         yield f"Losses of stage {one['stage']}, step by step, the first ones not timed:"
         yield _losses(one["losses"])
     yield "\n".join(f"- {note}" for note in record["notes"])
+
+
+def _profile(path: Path) -> Iterator[str]:
+    """The largest kernels of a step of ours, where the run has looked into one."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        "| stage | what a step of ours computes | calls | ms | share |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name = row["name"][:LONGEST_NAME].replace("|", "\\|")
+        share = float(row["share"])
+        lines.append(f"| {row['stage']} | {name} | {row['calls']} | {row['ms']} | {share:.1%} |")
+    yield "\n".join(lines)
 
 
 def _targets(record: dict[str, Any]) -> str:

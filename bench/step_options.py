@@ -40,13 +40,14 @@ DESCRIPTION = """Whole training steps (forward, backward, AdamW) of ours and of 
 LlavaNext, each in a process of its own, the same weights, images and samples: useful tokens/s,
 images/s, model FLOP utilisation, peak memory, share of waiting for data, and the losses side by
 side. Then ours with one optimisation off at a time. --growth instead: time and memory against
-tiles, tokens, packs and ranks. step.json and step.csv (step-growth.json) go to --out or to
-bench/results/DEVICE/DATE; `llava-hd bench report` draws them and writes docs/performance.md."""
+tiles, tokens, packs and ranks. step.json and step.csv (step-growth.json; with --profile also
+step-profile.csv) go to --out or to bench/results/DEVICE/DATE; `llava-hd bench report` draws them
+and writes docs/performance.md."""
 EXAMPLES = (
     "--quick",
     "--geometry 1b --layers 2 --stage both --steps 20 --out runs/step",
     "--competitors ours llava_next --stage 2 --json",
-    "--device cuda --dtype bf16 --geometry 7b --batch 4 --step-samples 16",
+    "--device cuda --dtype bf16 --geometry 7b --batch 4 --step-samples 16 --profile",
     "--growth --quick",
 )
 
@@ -125,6 +126,7 @@ def add_options(parser: Any) -> None:
     add("--seed", type=int, default=0, help="of weights, samples and order")
     add("--quick", action="store_true", help="nano, few steps: three minutes on two cores")
     add("--growth", action="store_true", help="how time and memory grow, instead of a race")
+    add("--profile", action="store_true", help="the ten largest kernels of a step of ours too")
     add("--out", type=str, metavar="DIR", help="folder of the results")
     add("--json", action="store_true", help="print ratios, targets and the loss difference")
 

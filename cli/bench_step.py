@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 from rich import box
@@ -13,6 +14,7 @@ from ..bench.step_options import DESCRIPTION, EXAMPLES, OURS, add_options, reque
 from .bench_output import command_line
 from .parser import Parser
 
+WIDEST = 124  # characters of the table
 FIGURES = ("useful tokens/s", "images/s", "MFU", "peak MiB", "loading", "padding", "loss differs")
 
 
@@ -31,15 +33,17 @@ def run(args: Namespace) -> int:
 
     command = command_line()
     request = request_of(args, command, torch.cuda.device_count())
-    return finish(request, args.json, lambda record: _print(Console(), record))
+    show = partial(_print, Console())
+    return finish(request, args.json, show, args.profile)
 
 
 def _print(console: Console, record: dict[str, Any]) -> None:
     """A table for each stage, or for growth; then the goals and the notes."""
     for curve in record.get("curves", ()):
         console.print(f"{curve['axis']}: {curve['words']}", highlight=False, markup=False)
+    wide = Console(width=max(console.width, WIDEST))  # a figure that is cut off is none
     for stage in dict.fromkeys(row["stage"] for row in record.get("rows", ())):
-        console.print(_table(stage, record))
+        wide.print(_table(stage, record))
     failed = [row for row in record.get("rows", ()) if row["reason"]]
     for line in dict.fromkeys(f"{row['competitor']}: {row['reason']}" for row in failed):
         console.print(line, highlight=False, markup=False)

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from llava_hd.bench import step
+from llava_hd.bench import step, step_process
 from llava_hd.bench.performance_steps import StepResult, find_steps, goals_table
 from llava_hd.bench.step import RECORD, prepare, run_benchmark, sizes_of
 from llava_hd.bench.step_competitors import build
 from llava_hd.bench.step_data import read_data
 from llava_hd.bench.step_options import OURS, RIVAL, Request, add_options, request_of
 from llava_hd.bench.step_process import Taken, take_steps
+from llava_hd.cli import bench_step
 from llava_hd.hd.errors import DataError, Interrupted, LlavaHDError, UsageError
 
 TWO = Request(
@@ -76,13 +78,14 @@ def test_ctrl_c_before_anything_is_finished_says_that_nothing_is_kept(tmp_path, 
 
 def test_a_rival_that_the_system_kills_is_its_result_and_ours_is_an_error(tmp_path, monkeypatch):
     killed = subprocess.CompletedProcess([], -signal.SIGKILL, "", "a warning")
-    monkeypatch.setattr(step.subprocess, "run", lambda *a, **k: killed)
-    found = step.run_process(TWO, RIVAL, tmp_path)
+    monkeypatch.setattr(step_process.subprocess, "run", lambda *a, **k: killed)
+    found = step_process.run_process(TWO, RIVAL, tmp_path)
     assert found.keys() == {"1", "2"}
     assert all("killed by SIGKILL" in one["reason"] for one in found.values())
     with pytest.raises(LlavaHDError, match="ours was killed by SIGKILL"):
-        step.run_process(TWO, OURS, tmp_path)
-    assert step.end_words(1, "Traceback\nKeyError: 'x'\n") == "ended with code 1: KeyError: 'x'"
+        step_process.run_process(TWO, OURS, tmp_path)
+    told = step_process.end_words(1, "Traceback\nKeyError: 'x'\n")
+    assert told == "ended with code 1: KeyError: 'x'"
 
 
 def test_goals_say_what_they_were_measured_with_and_count_on_an_h200_alone(tmp_path):
@@ -98,6 +101,21 @@ def test_goals_say_what_they_were_measured_with_and_count_on_an_h200_alone(tmp_p
     assert "| 2.5, met (NVIDIA H200, 8 of 32 layers, 1,561 tokens a sample) |" in page
     other = {**record, "environment": {"device": "NVIDIA A100", "device_type": "cuda"}}
     assert "met (" not in goals_table([StepResult(RECORD, tmp_path, other)])
+
+
+def test_no_figure_of_the_table_is_cut_off_in_a_pipe(tmp_path, monkeypatch, capsys):
+    name = f"{RIVAL}-checkpointing"
+    fast = replace(TAKEN, seconds=[1e-3], waited=[5e-4], cpu_seconds=[1e-3])
+    monkeypatch.setattr(step, "run_process", Processes(*[fast] * 2))
+    request = replace(TWO, competitors=(OURS, name), rounds=1, out=tmp_path / "out")
+    record, _ = run_benchmark(request, lambda line: None)
+    for row in record["rows"]:
+        row |= {"images_per_second": 1234.5678, "peak_mib": 123456.7}
+    capsys.readouterr()
+    bench_step._print(Console(width=80), record)
+    text = capsys.readouterr().out
+    assert "…" not in text and name in text
+    assert f"{record['rows'][0]['useful_tokens_per_second']:,.1f}" in text
 
 
 def test_a_gpu_that_is_not_there_is_refused():
