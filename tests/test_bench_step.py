@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_hd.bench import step_data
+from llava_hd.bench.packing_data import Drawn, Scale
 from llava_hd.bench.packing_passes import AllLogitsPass, DensePass, PackedPass, train_step
 from llava_hd.bench.performance import BEGIN, END
 from llava_hd.bench.performance_steps import (
@@ -82,6 +84,17 @@ def test_the_steps_hold_what_the_facts_say(folder, data):
         assert sum(fact.labels for fact in facts) == sum(pack.num_label_tokens for pack in packs)
         rows = [0 if pack.has_dummy else len(pack.rows) for pack in packs]
         assert sum(fact.rows for fact in facts) == sum(rows)
+
+
+def test_the_longest_samples_are_cut_for_nobody(tmp_path, monkeypatch):
+    longest = Drawn((1987, 1267), 2093)  # at this scale three tokens more than the recipes allow
+    monkeypatch.setattr(step_data, "draw", lambda setting, count, seed: [longest] * count)
+    request = replace(SMALL, stages=(2,), batch=1, step_samples=1, steps=1)
+    made = prepare(request, sizes_of(request), tmp_path)[2]
+    assert made.lengths[0] == 259 > Scale(56).max_length
+    steps = [next(build(name, request, 2, tmp_path, made).steps) for name in (OURS, RIVAL)]
+    assert [[one.num_useful_tokens for one in step] for step in steps] == [[259], [259]]
+    assert [[one.loss_units for one in step] for step in steps] == [[made.facts[0].labels]] * 2
 
 
 def test_frozen_parts_get_no_gradients_in_either_model(folder, data):
