@@ -75,7 +75,7 @@ def read_job(path: Path) -> Job:
     own = values["request"]
     own |= {name: tuple(own[name]) for name in ("stages", "competitors")}
     folder, result = Path(values["folder"]), Path(values["result"])
-    return Job(values["competitor"], Request(**own), folder, result, values["profiled"])
+    return Job(values["competitor"], Request(**own), folder, result, values.get("profiled", False))
 
 
 def run_process(
