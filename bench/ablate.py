@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from ..hd.errors import UsageError
-from ..hd.files import write_whole
+from ..hd.files import check_out, write_whole
 from ..hd.grid import HDConfig
 from ..train.config import FREE_TO_CHANGE, TrainConfig
 from ..train.recipe import config_values, config_yaml, load_config
 from .ablate_plan import Plan, Variant
-from .files import check_out, write_json
+from .files import write_json
 from .nano_steps import (
     DONE,
     EVAL,

@@ -110,17 +110,6 @@ def find_images(asked: Iterable[tuple[str, str, str]], folder: Path) -> dict[str
     return found
 
 
-def check_out(out: Path) -> None:
-    """Refuse, with UsageError, an --out that is a file, lies in one or cannot be written."""
-    for place in (out, *out.parents):
-        if place.is_dir():
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise UsageError(f"--out {out}: {place} cannot be written; give another folder")
-            return
-        if os.path.lexists(place):
-            raise UsageError(f"--out {out}: {place} is a file; give a folder")
-
-
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -58,7 +58,8 @@ CHECKED_BATCHES = 2
 NOTES = (
     "files hold noise with the spectrum of photographs, in the sizes of the 665K mixture",
     "ours hands over uint8 tiles, which the device normalises; ours-normalised does it on the CPU",
-    "transformers' image processor is the PIL one, whose pixels ours are equal to",
+    "transformers' image processor is the PIL one, whose pixels ours are equal to; the one built "
+    "on torchvision, which it takes by itself where that is installed, is not measured",
 )
 Say = Callable[[str], None]
 

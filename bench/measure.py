@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..hd.errors import UsageError
-from ..hd.files import write_whole
+from ..hd.files import check_out, write_whole
 
 WARM_UP_CALLS = 2
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
@@ -320,17 +320,17 @@ def _json(value: Any, indent: int | None = None) -> str:
 def result_folder(out: Path | None, device: torch.device, record: str) -> Path:
     """A folder without `record`: the given one, or bench/results/DEVICE/DATE and a number.
 
-    Raises UsageError for a given folder that has it, or is a file.
+    Raises UsageError for a given folder that has it, and for one that could not be written when
+    all has been measured.
     """
-    if out is not None:
-        if (out / record).exists():
-            raise UsageError(f"--out {out}: holds {record} already; give another folder")
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out}: is a file; give a folder")
-        return out
-    day = Path("bench", "results", slug(device_name(device)), f"{datetime.now():%Y-%m-%d}")
-    names = (day if n == 1 else day.with_name(f"{day.name}-{n}") for n in count(1))
-    return next(folder for folder in names if not (folder / record).exists())
+    if out is not None and (out / record).exists():
+        raise UsageError(f"--out {out}: holds {record} already; give another folder")
+    if out is None:
+        day = Path("bench", "results", slug(device_name(device)), f"{datetime.now():%Y-%m-%d}")
+        names = (day if n == 1 else day.with_name(f"{day.name}-{n}") for n in count(1))
+        out = next(folder for folder in names if not (folder / record).exists())
+    check_out(out)
+    return out
 
 
 @contextmanager

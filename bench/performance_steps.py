@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from ..hd.errors import DataError
+from ..model.rival import SIZES
 from .step import RECORD as STEP
 from .step_growth import RECORD as GROWTH
 from .step_options import COMPETITORS, OURS
+from .step_profile import TABLE as PROFILE
 
+LONGEST_NAME = 70  # of a kernel
 CHARTS = {STEP: "step.png", GROWTH: "step-growth.png"}
-# What each file must have, to be told from a file of another kind.
+# What each file must have, to be told from a file of another kind, and each entry of its lists.
 KEYS = {STEP: ("rows", "ratios", "losses", "targets", "data", "peak"), GROWTH: ("points", "curves")}
+ENTRIES = {
+    "rows": ("stage", "competitor", "reason"),
+    "ratios": ("stage", "rival", "ratio", "low", "high", "cpu_ratio"),
+    "losses": ("stage", "losses"),
+    "targets": ("what", "value", "goal", "reached"),
+    "data": (
+        *("stage", "mean_tokens", "least_tokens", "most_tokens", "visual_share"),
+        *("learned_share", "tiles_per_image"),
+    ),
+    "points": ("axis", "x", "seconds", "peak_mib"),
+    "curves": ("axis", "measure", "words", "fixed", "factor", "exponent"),
+}
+# Of a competitor that has run.
+FIGURES = (
+    *("useful_tokens_per_second", "images_per_second", "mfu", "mfu_every_head", "peak_mib"),
+    *("loading_share", "padding"),
+)
 # What `step_rows.targets_of` says of a result of a device: where, geometry, its words.
 GOALS = (
     ("cuda", "7b", "stage 1: useful tokens/s over llava_next's", ">= 2.2"),
@@ -27,7 +48,8 @@ GOALS = (
     ("cpu", "1b", "stage 2: useful tokens/s over llava_next's", ">= 2"),
     ("cpu", "1b", "largest difference of a loss, relative to ours", "<= 0.001"),
 )
-PLACES = {"cuda": "H200", "cpu": "CPU"}
+GPU = "H200"  # the one that the goals are for
+PLACES = {"cuda": GPU, "cpu": "CPU"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +77,7 @@ def _read(path: Path) -> StepResult:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         for name in ("environment", "request", "model", "notes", *KEYS[path.name]):
-            record[name]
+            _check_entries(name, record[name])
         for name in ("time", "device", "device_type", "command", "seed", "threads", "versions"):
             record["environment"][name]
     except (ValueError, TypeError, KeyError) as error:
@@ -64,6 +86,14 @@ def _read(path: Path) -> StepResult:
             "measure again"
         ) from error
     return StepResult(path.name, path.parent, record)
+
+
+def _check_entries(name: str, value: Any) -> None:
+    """KeyError where an entry of a list of a record lacks what the page shows."""
+    for entry in value if name in ENTRIES else ():
+        has_run = name == "rows" and entry["reason"] == ""
+        for key in (*ENTRIES[name], *(FIGURES if has_run else ())):
+            entry[key]
 
 
 def write_step_chart(result: StepResult) -> Path:
@@ -94,13 +124,25 @@ def goals_table(results: Sequence[StepResult]) -> str:
             asked = result.record["request"]
             if result.kind != STEP or asked["quick"] or asked["geometry"] != geometry:
                 continue
+            facts = result.environment
             found = [one for one in result.record["targets"] if one["what"] == what]
-            if found and result.environment["device_type"] == kind:
+            if found and facts["device_type"] == kind and (kind == "cpu" or GPU in facts["device"]):
                 met = "met" if found[0]["reached"] else "not met"
-                reached = f"{found[0]['value']:.3g}, {met} ({result.environment['device']})"
+                reached = f"{found[0]['value']:.3g}, {met} ({_under(result, what)})"
                 break
         lines.append(f"| {PLACES[kind]}, {geometry} | {what} | {goal} | {reached} |")
     return "\n".join(lines)
+
+
+def _under(result: StepResult, what: str) -> str:
+    """What a goal's figure was measured with: device, layers of how many, tokens of a sample."""
+    record = result.record
+    layers, whole = record["model"]["layers"], SIZES[record["request"]["geometry"]].layers
+    parts = [result.environment["device"], f"{layers} of {whole} layers"]
+    for data in record["data"]:
+        if what.startswith(f"stage {data['stage']}:"):
+            parts.append(f"{data['mean_tokens']:,.0f} tokens a sample")
+    return ", ".join(parts)
 
 
 def _race(result: StepResult, beside: Path) -> Iterator[str]:
@@ -123,11 +165,29 @@ def _race(result: StepResult, beside: Path) -> Iterator[str]:
     yield _targets(record)
     for data in record["data"]:
         yield _stage(data, record)
+    yield from _profile(result.folder / PROFILE)
     yield f"![Whole steps]({_link(result.folder / CHARTS[STEP], beside)})"
     for one in record["losses"]:
         yield f"Losses of stage {one['stage']}, step by step, the first ones not timed:"
         yield _losses(one["losses"])
     yield "\n".join(f"- {note}" for note in record["notes"])
+
+
+def _profile(path: Path) -> Iterator[str]:
+    """The largest kernels of a step of ours, where the run has looked into one."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        "| stage | what a step of ours computes | calls | ms | share |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name = row["name"][:LONGEST_NAME].replace("|", "\\|")
+        share = float(row["share"])
+        lines.append(f"| {row['stage']} | {name} | {row['calls']} | {row['ms']} | {share:.1%} |")
+    yield "\n".join(lines)
 
 
 def _targets(record: dict[str, Any]) -> str:
@@ -141,6 +201,7 @@ def _targets(record: dict[str, Any]) -> str:
 def _stage(data: dict[str, Any], record: dict[str, Any]) -> str:
     stage = data["stage"]
     ratios = {one["rival"]: one for one in record["ratios"] if one["stage"] == stage}
+    on_gpu = record["environment"]["device_type"] == "cuda"
     heads = ["stage " + str(stage), f"time / {OURS}", "20-80 % of steps", "by CPU time"]
     heads += ["useful tokens/s", "images/s", "MFU", "every head", "peak MiB", "loading", "padding"]
     heads.append("what it is")
@@ -159,16 +220,17 @@ def _stage(data: dict[str, Any], record: dict[str, Any]) -> str:
         if row["reason"]:
             cells = [name, row["reason"], *[""] * (len(heads) - 3), what]
         else:
-            cells = [name, *_ratio(ratios.get(name)), *_figures(row), what]
+            cells = [name, *_ratio(ratios.get(name), on_gpu), *_figures(row), what]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _ratio(ratio: dict[str, Any] | None) -> list[str]:
+def _ratio(ratio: dict[str, Any] | None, on_gpu: bool) -> list[str]:
     if ratio is None:
         return ["1", "", ""]
     spread = f"{ratio['low']:.2f}-{ratio['high']:.2f}"
-    return [f"**{ratio['ratio']:.2f}**", spread, f"{ratio['cpu_ratio']:.2f}"]
+    cpu = "" if on_gpu else f"{ratio['cpu_ratio']:.2f}"  # a GPU's work has the clock alone
+    return [f"**{ratio['ratio']:.2f}**", spread, cpu]
 
 
 def _figures(row: dict[str, Any]) -> list[str]:
@@ -204,8 +266,20 @@ def _growth(result: StepResult, beside: Path) -> Iterator[str]:
             f"| {one['axis']} | {one['measure']} | **{one['exponent']:.2f}** | {one['words']} |"
         )
     yield "\n".join(lines)
+    ranks, cores = _most_ranks(result.record), facts.get("cores")
+    if cores is not None and cores < ranks:
+        yield (
+            f"The {ranks} ranks shared {cores} core{'s' * (cores != 1)}: their time says nothing "
+            "of what more ranks bring."
+        )
     yield f"![Growth]({_link(result.folder / CHARTS[GROWTH], beside)})"
     yield "\n".join(f"- {note}" for note in result.record["notes"])
+
+
+def _most_ranks(record: dict[str, Any]) -> int:
+    on_cpu = record["environment"]["device_type"] == "cpu"
+    ranks = [point["x"] for point in record["points"] if point["axis"] == "ranks"]
+    return max(ranks, default=1) if on_cpu else 1
 
 
 def _how(result: StepResult, beside: Path) -> str:

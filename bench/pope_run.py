@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..hd.errors import DataError, UsageError
+from ..hd.files import check_out
 from .files import (
-    check_out,
     drop_half_line,
     find_images,
     naming_question,

@@ -12,8 +12,6 @@ forward, backward and AdamW.
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -53,7 +51,8 @@ from .step_options import (
     add_options,
     request_of,
 )
-from .step_process import Job, Taken, write_job
+from .step_process import Taken, run_process
+from .step_profile import TABLE as PROFILE
 from .step_rows import Found, Totals, losses_of, ratios_of, rows_of, taken_record, targets_of
 
 RECORD, TABLE = "step.json", "step.csv"
@@ -63,29 +62,45 @@ NOTES = (
     "both stages cut pictures into tiles, as LlavaNext must; lengths are drawn from rough tables",
     "one optimizer for all: torch's fused AdamW in the type of the weights",
     "the largest loss difference is relative to ours, over all steps of the first process",
+    "CPU time is the training process's own: what its loader processes do is in the clock alone",
 )
 Say = Callable[[str], None]
 
 
-def run_benchmark(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
-    """Measure, write both files, return the record and the folder.
+def run_benchmark(
+    request: Request, say: Say, profiled: bool = False
+) -> tuple[dict[str, Any], Path]:
+    """Measure, write both files, return the record and the folder. profiled: look into one step of
+    ours too, and write step-profile.csv.
 
     The record: environment, request, model, data, peak (what the utilisation is a share of), rows,
     ratios, losses, targets, processes, notes, complete (False after Ctrl-C: what was finished).
-    Raises UsageError for a folder with results, LlavaHDError where ours does not run.
+    Raises UsageError for a folder with results, LlavaHDError where ours does not run; what was
+    finished by then is written.
     """
     out = result_folder(request.out, torch.device(request.device), RECORD)
     with so_many_threads(request.threads):
-        record = _measure(request, say)
+        record, failure, profile = _measure(request, say, profiled)
     record["request"]["out"] = str(out)
     if record["rows"]:
         first = next(row for row in record["rows"] if not row["reason"])
-        files = {TABLE: csv_text(record["rows"], list(first)), RECORD: json_text(record)}
+        files = {PROFILE: csv_text(profile, list(profile[0]))} if profile else {}
+        files |= {TABLE: csv_text(record["rows"], list(first)), RECORD: json_text(record)}
         write_results(out, files)
+    if failure is not None:
+        raise LlavaHDError(f"{failure}; {kept_words(out / RECORD)}") from failure
     return record, out
 
 
-def _measure(request: Request, say: Say) -> dict[str, Any]:
+def kept_words(path: Path) -> str:
+    """What a run that ends early leaves."""
+    return f"what was finished is in {path}" if path.exists() else "nothing is kept"
+
+
+def _measure(
+    request: Request, say: Say, profiled: bool
+) -> tuple[dict[str, Any], LlavaHDError | None, list[dict[str, Any]]]:
+    """The record, why it is not complete where a process of ours has failed, and the profile."""
     device = torch.device(request.device)
     sizes = sizes_of(request)
     record: dict[str, Any] = {
@@ -102,6 +117,7 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
         "notes": list(NOTES),
         "complete": True,
     }
+    failure, profile = None, []
     say(f"{device_name(device)}, {request.dtype}, {torch.get_num_threads()} threads")
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -113,8 +129,15 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
         reasons: dict[int, dict[str, str]] = {stage: {} for stage in request.stages}
         try:
             _race(request, folder, found, reasons, say)
+            if profiled:
+                say("looking into a step of ours")
+                seen = run_process(request, OURS, folder, profiled=True)
+                for named, kernels in seen.items():
+                    profile += [{"stage": named, **row} for row in kernels["profile"]]
         except KeyboardInterrupt:
             record["complete"] = False
+        except LlavaHDError as error:
+            record["complete"], failure = False, error
     on_gpu = device.type == "cuda"
     for stage, own in found.items():
         if OURS not in own:
@@ -129,7 +152,7 @@ def _measure(request: Request, say: Say) -> dict[str, Any]:
                 taken_record(stage, name, number, taken) for number, taken in enumerate(rounds)
             ]
     record["targets"] = targets_of(record["rows"], record["ratios"], on_gpu, request.geometry)
-    return record
+    return record, failure, profile
 
 
 def sizes_of(request: Request) -> Sizes:
@@ -238,18 +261,6 @@ def _short(stages: dict[str, Any]) -> str:
     )
 
 
-def run_process(request: Request, name: str, folder: Path) -> dict[str, Any]:
-    """One process of a competitor; what it has written. LlavaHDError where it dies."""
-    job, result = folder / "job.json", folder / "result.json"
-    write_job(Job(name, request, folder, result), job)
-    command = [sys.executable, "-m", "llava_hd.bench.step_process", str(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["without a word"]
-        raise LlavaHDError(f"bench step: {name} ended with code {done.returncode}: {last[0]}")
-    return json.loads(result.read_text(encoding="utf-8"))
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """The bare-machine entry point; exit codes as llava-hd's."""
     words = list(sys.argv[1:] if words is None else words)
@@ -258,8 +269,8 @@ def main(words: Sequence[str] | None = None) -> int:
     add_options(parser)
     args = parser.parse_args(words)
     try:
-        request = request_of(args, f"{call} {' '.join(words)}", torch.cuda.is_available())
-        return finish(request, args.json, lambda record: None)
+        request = request_of(args, f"{call} {' '.join(words)}", torch.cuda.device_count())
+        return finish(request, args.json, lambda record: None, args.profile)
     except LlavaHDError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -270,8 +281,13 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def finish(request: Request, as_json: bool, show: Callable[[dict[str, Any]], None]) -> int:
-    """Measure, print as JSON or by `show`. Raises Interrupted after Ctrl-C, with what is kept."""
+def finish(
+    request: Request,
+    as_json: bool,
+    show: Callable[[dict[str, Any]], None],
+    profiled: bool = False,
+) -> int:
+    """Measure, print as JSON or by `show`. Raises Interrupted after Ctrl-C, told what is kept."""
     if request.growth:
         from .step_growth import RECORD as GROWTH
         from .step_growth import run_growth
@@ -279,15 +295,16 @@ def finish(request: Request, as_json: bool, show: Callable[[dict[str, Any]], Non
         record, out = run_growth(request, tell)
         path, chosen = out / GROWTH, {key: record[key] for key in ("points", "curves")}
     else:
-        record, out = run_benchmark(request, tell)
+        record, out = run_benchmark(request, tell, profiled)
         path, chosen = out / RECORD, shown(record)
-    if as_json:
-        print(json_text(chosen), end="")
-    else:
-        show(record)
-    tell(f"results: {path}")
+    if path.exists():  # not after a Ctrl-C before anything was finished
+        if as_json:
+            print(json_text(chosen), end="")
+        else:
+            show(record)
+        tell(f"results: {path}")
     if not record["complete"]:
-        raise Interrupted(f"what was finished is in {path}")
+        raise Interrupted(kept_words(path))
     return 0
 
 

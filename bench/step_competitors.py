@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.backend import choose
-from ..kernels.gelu_mlp import gelu_mlp_torch
-from ..kernels.place_rows import place_rows_torch
+from ..kernels.gelu_mlp import gelu_mlp, gelu_mlp_torch
+from ..kernels.place_rows import place_rows, place_rows_torch
 from ..model.fused import apply_published_liger, compile_layers, fuse_layers, liger_refusal
 from ..model.llava_hd import LlavaHD
 from ..model.processor import Processor
@@ -125,7 +125,8 @@ def _grouped(
 
 
 class EveryRowProjector(nn.Module):
-    """Projects every feature row, padding too, and takes the kept ones afterwards."""
+    """Projects every feature row, padding too, and takes the kept ones afterwards; by the kernels
+    that ours takes."""
 
     def __init__(self, inner: MLPProjector) -> None:
         super().__init__()
@@ -135,8 +136,8 @@ class EveryRowProjector(nn.Module):
         """As MLPProjector.forward."""
         own, flat = self.inner, features[:, 1:].flatten(0, 1)
         weights = (own.weight_1, own.bias_1, own.weight_2, own.bias_2)
-        projected = gelu_mlp_torch(flat, *weights).index_select(0, rows)
-        return place_rows_torch(text, projected, own.row_end, source)
+        projected = gelu_mlp(flat, *weights).index_select(0, rows)
+        return place_rows(text, projected, own.row_end, source)
 
 
 class TorchProjector(nn.Module):

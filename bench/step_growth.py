@@ -9,6 +9,7 @@ with fixed + factor x ** exponent.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..hd.errors import LlavaHDError
+from ..hd.errors import Interrupted, LlavaHDError
 from ..model.nano import SHIPPED
 from ..model.processor import read_tokenizer
 from ..model.rival import save_random
@@ -37,6 +38,8 @@ MEASURES = {
     "cpu_seconds": ("CPU time", "s"),
     "peak_mib": ("memory", "MiB"),
 }
+# Codes of a process that Ctrl-C has ended: by its own words, and before it could hear it.
+STOPPED = (Interrupted.exit_code, 128 + signal.SIGINT)
 EXPONENTS = np.arange(0.05, 3.0001, 0.01)
 NOTES = (
     "time: forward and backward, median; ranks: the whole step, gradients summed without ZeRO",
@@ -61,10 +64,11 @@ def run_growth(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
     """Measure, write step-growth.json, return the record and the folder.
 
     The record: environment, request, model, points (axis, x, tokens, seconds, cpu_seconds,
-    peak_mib), curves (the fit of each axis and measure, and in words), notes, complete. UsageError
-    for a folder with results, LlavaHDError where a process fails.
+    peak_mib), curves (the fit of each axis and measure, and in words), notes, complete (False after
+    Ctrl-C). UsageError for a folder with results, LlavaHDError where a process fails; the axes that
+    were finished by then are written.
     """
-    from .step import sizes_of, step_environment
+    from .step import kept_words, sizes_of, step_environment
 
     device = torch.device(request.device)
     out = result_folder(request.out, device, RECORD)
@@ -78,6 +82,7 @@ def run_growth(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
         "notes": list(NOTES),
         "complete": True,
     }
+    failure = None
     say(f"{device_name(device)}, {request.dtype}, growth of {request.geometry}")
     with TemporaryDirectory() as temporary:
         folder, dtype = Path(temporary), getattr(torch, DTYPES[request.dtype])
@@ -93,13 +98,18 @@ def run_growth(request: Request, say: Say) -> tuple[dict[str, Any], Path]:
                 say(f"{axis}: {'; '.join(found)}")
         except KeyboardInterrupt:
             record["complete"] = False
+        except LlavaHDError as error:
+            record["complete"], failure = False, error
     if record["points"]:
         write_results(out, {RECORD: json_text(record)})
+    if failure is not None:
+        raise LlavaHDError(f"{failure}; {kept_words(out / RECORD)}") from failure
     return record, out
 
 
 def _axis(axis: str, request: Request, folder: Path) -> list[dict[str, Any]]:
-    """The points of an axis, from its processes."""
+    """The points of an axis, from its processes. KeyboardInterrupt where they were told to stop:
+    while they run, Ctrl-C reaches them alone."""
     counts = AXES[axis].values(request) if axis == "ranks" else (1,)
     points = []
     for count in counts:
@@ -107,6 +117,8 @@ def _axis(axis: str, request: Request, folder: Path) -> list[dict[str, Any]]:
         write_job(Job(axis, request, folder, result), job)
         command = [sys.executable, "-m", "llava_hd.bench.step_growth_points", str(job)]
         code = run_workers(command, count)
+        if code in STOPPED:
+            raise KeyboardInterrupt
         if code:
             raise LlavaHDError(f"bench step --growth: {axis} ended with code {code}")
         points += [{"axis": axis, **point} for _, point in read_json_lines(result)]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..hd.errors import Interrupted
 from ..hd.files import write_whole
 from ..hd.grid import PRESETS, HDConfig
 from ..hd.plan import plan_image
@@ -100,11 +101,15 @@ AXES = {
 
 
 def main(words: list[str] | None = None) -> int:
-    """Measure the points of the axis that a job names and write them, a line each."""
+    """Measure the points of the axis that a job names and write them, a line each. Returns the
+    code of an interrupted run after Ctrl-C."""
     (path,) = sys.argv[1:] if words is None else words
     job = read_job(Path(path))
     torch.set_num_threads(job.request.threads)
-    points = list(measure(job))
+    try:
+        points = list(measure(job))
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
     if os.environ.get("RANK", "0") == "0":
         write_whole(job.result, "".join(json.dumps(point) + "\n" for point in points))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,13 +40,14 @@ DESCRIPTION = """Whole training steps (forward, backward, AdamW) of ours and of 
 LlavaNext, each in a process of its own, the same weights, images and samples: useful tokens/s,
 images/s, model FLOP utilisation, peak memory, share of waiting for data, and the losses side by
 side. Then ours with one optimisation off at a time. --growth instead: time and memory against
-tiles, tokens, packs and ranks. step.json and step.csv (step-growth.json) go to --out or to
-bench/results/DEVICE/DATE; `llava-hd bench report` draws them and writes docs/performance.md."""
+tiles, tokens, packs and ranks. step.json and step.csv (step-growth.json; with --profile also
+step-profile.csv) go to --out or to bench/results/DEVICE/DATE; `llava-hd bench report` draws them
+and writes docs/performance.md."""
 EXAMPLES = (
     "--quick",
     "--geometry 1b --layers 2 --stage both --steps 20 --out runs/step",
     "--competitors ours llava_next --stage 2 --json",
-    "--device cuda --dtype bf16 --geometry 7b --batch 4 --step-samples 16",
+    "--device cuda --dtype bf16 --geometry 7b --batch 4 --step-samples 16 --profile",
     "--growth --quick",
 )
 
@@ -124,18 +126,17 @@ def add_options(parser: Any) -> None:
     add("--seed", type=int, default=0, help="of weights, samples and order")
     add("--quick", action="store_true", help="nano, few steps: three minutes on two cores")
     add("--growth", action="store_true", help="how time and memory grow, instead of a race")
+    add("--profile", action="store_true", help="the ten largest kernels of a step of ours too")
     add("--out", type=str, metavar="DIR", help="folder of the results")
     add("--json", action="store_true", help="print ratios, targets and the loss difference")
 
 
-def request_of(args: Namespace, command: str, on_gpu: bool) -> Request:
-    """The request of parsed options; on_gpu: whether there is a GPU. Raises UsageError."""
+def request_of(args: Namespace, command: str, num_gpus: int) -> Request:
+    """The request of parsed options; num_gpus: of this machine. Raises UsageError."""
     if args.out is not None and not args.out:
         raise UsageError("--out is empty; give a folder")
-    device = args.device or ("cuda" if on_gpu else "cpu")
-    cuda = device.startswith("cuda")
-    if cuda and not on_gpu:
-        raise UsageError(f"--device {device}: torch finds no GPU here; try --device cpu")
+    device = args.device or ("cuda" if num_gpus else "cpu")
+    cuda = _is_cuda(device, num_gpus)
     geometry = args.geometry or ("nano" if args.quick else "7b" if cuda else "1b")
     usual_tile = 224 if cuda and geometry != "nano" else 56
     usual_layers = 4 if geometry == "1b" and not cuda else None
@@ -162,6 +163,20 @@ def request_of(args: Namespace, command: str, on_gpu: bool) -> Request:
         out=None if args.out is None else Path(args.out),
         command=command,
     )
+
+
+def _is_cuda(device: str, num_gpus: int) -> bool:
+    """Whether a device is a GPU. UsageError for one that is not there, or of another kind."""
+    if device == "cpu":
+        return False
+    named = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if named is None:
+        raise UsageError(f"--device {device}: give cpu, cuda or cuda:N")
+    if not num_gpus:
+        raise UsageError(f"--device {device}: torch finds no GPU here; try --device cpu")
+    if int(named[1] or 0) >= num_gpus:
+        raise UsageError(f"--device {device}: the last GPU here is cuda:{num_gpus - 1}")
+    return True
 
 
 def _given(value: Any, usual: Any) -> Any:

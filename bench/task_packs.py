@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from ..hd.errors import DataError, UsageError
-from ..hd.files import write_whole
+from ..hd.files import check_out, write_whole
 from ..hd.image import read_size
 from ..train.record_images import path_fault
-from .files import check_out, find_image
+from .files import find_image
 from .lmms_prompts import PACK
 from .pack_kinds import KINDS, Kind, Task
 from .pack_readers import Document, Picture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 from rich import box
@@ -13,6 +14,7 @@ from ..bench.step_options import DESCRIPTION, EXAMPLES, OURS, add_options, reque
 from .bench_output import command_line
 from .parser import Parser
 
+WIDEST = 124  # characters of the table
 FIGURES = ("useful tokens/s", "images/s", "MFU", "peak MiB", "loading", "padding", "loss differs")
 
 
@@ -30,19 +32,21 @@ def run(args: Namespace) -> int:
     from ..bench.step import finish
 
     command = command_line()
-    request = request_of(args, command, torch.cuda.is_available())
-    return finish(request, args.json, lambda record: _print(Console(), record))
+    request = request_of(args, command, torch.cuda.device_count())
+    show = partial(_print, Console())
+    return finish(request, args.json, show, args.profile)
 
 
 def _print(console: Console, record: dict[str, Any]) -> None:
     """A table for each stage, or for growth; then the goals and the notes."""
     for curve in record.get("curves", ()):
         console.print(f"{curve['axis']}: {curve['words']}", highlight=False, markup=False)
+    wide = Console(width=max(console.width, WIDEST))  # a figure that is cut off is none
     for stage in dict.fromkeys(row["stage"] for row in record.get("rows", ())):
-        console.print(_table(stage, record))
-    reasons = {row["competitor"]: row["reason"] for row in record.get("rows", ()) if row["reason"]}
-    for name, reason in reasons.items():
-        console.print(f"{name}: {reason}", highlight=False, markup=False)
+        wide.print(_table(stage, record))
+    failed = [row for row in record.get("rows", ()) if row["reason"]]
+    for line in dict.fromkeys(f"{row['competitor']}: {row['reason']}" for row in failed):
+        console.print(line, highlight=False, markup=False)
     for target in record.get("targets", ()):
         reached = "reached" if target["reached"] else "not reached"
         line = f"{target['what']}: {target['value']:.3g}, goal {target['goal']}: {reached}"
@@ -53,6 +57,7 @@ def _print(console: Console, record: dict[str, Any]) -> None:
 
 def _table(stage: int, record: dict[str, Any]) -> Table:
     ratios = {(one["stage"], one["rival"]): one for one in record["ratios"]}
+    on_gpu = record["environment"]["device_type"] == "cuda"
     title = f"stage {stage}: the time of each over that of {OURS}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("who", no_wrap=True)
@@ -67,7 +72,7 @@ def _table(stage: int, record: dict[str, Any]) -> Table:
         table.add_row(
             row["competitor"],
             "" if ratio is None else f"{ratio['ratio']:.2f}",
-            "" if ratio is None else f"{ratio['cpu_ratio']:.2f}",
+            "" if ratio is None or on_gpu else f"{ratio['cpu_ratio']:.2f}",
             f"{row['useful_tokens_per_second']:,.1f}",
             f"{row['images_per_second']:.2f}",
             f"{row['mfu']:.1%}",

@@ -26,11 +26,11 @@ from ..bench.contestants import (
     verdicts,
     warnings_of,
 )
-from ..bench.files import check_out
 from ..bench.pope import PARSERS
 from ..bench.pope_data import split_files
 from ..bench.question_sets import question_sets
 from ..hd.errors import UsageError
+from ..hd.files import check_out
 from .parser import Parser
 
 

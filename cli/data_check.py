@@ -20,10 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..bench.files import check_out, json_text
+from ..bench.files import json_text
 from ..bench.report import Block, Facts, Note, Picture, Pictures, Section, Table, render
 from ..hd.errors import DataError, Interrupted, UsageError
-from ..hd.files import write_whole
+from ..hd.files import check_out, write_whole
 from ..hd.grid import PRESETS, get_preset
 from ..hd.limits import limited
 from ..train.config import TrainConfig, part_folder

@@ -12,8 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.files import check_out, sha256
+from ..bench.files import sha256
 from ..hd.errors import UsageError
+from ..hd.files import check_out
 from ..train.generate import Summary, finish, generate
 from ..train.generate_context import Annotations, read_coco
 from ..train.generate_cost import Estimate, Prices, counted, estimate

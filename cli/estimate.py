@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..bench.files import check_out, write_json
+from ..bench.files import write_json
 from ..hd.errors import UsageError
+from ..hd.files import check_out
 from ..train.recipe import find_recipe, load_config, read_recipe
 from .parser import Parser
 from .train import add_settings, given_settings
@@ -162,7 +163,7 @@ def _write(out: Path, report: dict[str, Any], found: Estimate) -> None:
 def _print(found: Estimate, gpus: int, on_gpu: bool) -> None:
     # Wide enough for the table wherever the output goes.
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    for words in found.run.assumed:
+    for words in found.assumed:
         console.print(f"note: {words}")
     console.print(_parts_table(found))
     console.print(f"samples {found.samples.source}")
@@ -283,6 +284,8 @@ def _range(pair: tuple[float, float], unit: str) -> str:
 
 def dry_run_lines(job: Job, found: DryRun, world_size: int) -> list[str]:
     """What `--dry-run` of the trainers tells."""
+    from ..train.estimate_model import open_words
+
     config, state, order = job.config, job.state, found.order
     share = found.at_limit / max(1, len(found.samples))
     fill = ""
@@ -296,6 +299,7 @@ def dry_run_lines(job: Job, found: DryRun, world_size: int) -> list[str]:
         f"just full; {len(found.samples.faults):,} cannot be trained on",
         f"a step: {order.passes:.2f} passes of each rank on average, batching "
         f"{config.data.batching}{fill}, padding {order.padding:.1%}",
+        *(f"note: {words}" for words in open_words(config)),
     ]
     lines += _pass_lines("most tokens", found.most_tokens)
     if found.most_tiles.place != found.most_tokens.place:

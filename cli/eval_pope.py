@@ -28,7 +28,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..bench.files import check_out
 from ..bench.pope import PROMPT, score_table
 from ..bench.pope_data import Answered, answer_files, read_questions, split_files
 from ..bench.pope_join import load_answered, load_questions
@@ -46,6 +45,7 @@ from ..bench.pope_run import (
     image_paths,
 )
 from ..hd.errors import UsageError
+from ..hd.files import check_out
 from ..train.output_lock import only_run
 from .parser import Parser
 from .resolution import OPTIONS, add_limits, limits_of, limits_record, tell_before

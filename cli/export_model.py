@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from ..bench.files import check_out
+from ..hd.files import check_out
 from .parser import Parser
 
 

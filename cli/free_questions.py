@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bench.files import check_out, sha256
+from ..bench.files import sha256
 from ..bench.free_run import AnswerMixed, Item, ask_items, begin, item_images
 from ..bench.pope_run import fingerprint
 from ..hd.errors import UsageError
+from ..hd.files import check_out
 from ..train.output_lock import only_run
 from .eval_pope import DTYPES, device_and_dtype, progress_bar, tell
 from .parser import Parser

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.files import check_out, sha256
+from ..bench.files import sha256
 from ..bench.free_run import read_texts
 from ..bench.judge import (
     JudgeSettings,
@@ -24,7 +24,7 @@ from ..bench.judge import (
 )
 from ..bench.pope_data import ANSWERS
 from ..hd.errors import LlavaHDError, UsageError
-from ..hd.files import write_whole
+from ..hd.files import check_out, write_whole
 from ..train.asking import ask_all
 from ..train.generate_cost import Prices
 from ..train.generate_journal import JOURNAL, REJECTED, Journal, check_run, write_lines

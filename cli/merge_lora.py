@@ -10,8 +10,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from ..bench.files import check_out
 from ..hd.errors import UsageError
+from ..hd.files import check_out
 from .parser import Parser
 
 

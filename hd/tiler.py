@@ -45,8 +45,10 @@ def find_resizer(kind: Resizing) -> tuple[Resizer, str]:
         return pillow_resizer, "Pillow"
     try:
         from .resample import resize_pixels  # compiles, and numba is optional
-    except ImportError:
+    except ModuleNotFoundError:
         reason = "numba is not installed (pip install 'llava-hd[fast]')"
+    except ImportError as error:  # such as a numpy that is too new for it
+        reason = f"numba cannot be loaded ({str(error).splitlines()[0]})"
     except RuntimeError as error:  # nowhere to keep what is compiled
         reason = f"numba cannot be used ({str(error).splitlines()[0]}; set NUMBA_CACHE_DIR)"
     else:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..hd.errors import DataError, UsageError
 from .adapter_config import AdapterConfig, is_adapter, read_adapter_config
 from .assemble import assemble
+from .config import PASSING
 from .llava_hd import LlavaHD
 from .lora import (
     MARK,
@@ -39,8 +40,6 @@ from .weights import LANGUAGE, VISION, load_model
 PROJECTOR_FILE, VISION_FILE = "projector.safetensors", "vision.safetensors"
 PROJECTOR = "projector."
 SAMPLED_ROWS = 16
-# Of a part's configuration, what says how it was loaded or saved, not what it computes.
-PASSING = ("dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path")
 
 
 def saved_names(model: LlavaHD) -> list[str]:

@@ -15,6 +15,8 @@ from .prompt import get_template
 
 MODEL_TYPE = "llava_hd"
 PROJECTORS = ("mlp2x_gelu", "linear")
+# Of a part's configuration, what says how it was loaded or saved, not what it computes.
+PASSING = ("dtype", "torch_dtype", "transformers_version", "architectures", "_name_or_path")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers import CLIPVisionModel
 
 from ..hd.errors import UsageError
 from ..hd.tiler import normalise
+from .config import PASSING
 from .projector import rows_with_cls
 
 
@@ -79,8 +80,9 @@ class VisionTower(nn.Module):
     def digest(self) -> str:
         """Hex digest of all that a tile's features depend on: the weights that are read, their
         type, how they are computed, and the versions of who computes them. Before ZeRO-3."""
+        config = self.clip.config.to_dict()
         about = {
-            "config": self.clip.config.to_dict(),
+            "config": {k: v for k, v in config.items() if k not in PASSING},
             "attention": self.clip.config._attn_implementation,
             "layers": self.num_layers,
             "versions": {name: version(name) for name in ("pillow", "torch", "transformers")},

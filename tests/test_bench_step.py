@@ -11,9 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_hd.bench.packing_passes import AllLogitsPass, PackedPass, train_step
+from llava_hd.bench import step_data
+from llava_hd.bench.packing_data import Drawn, Scale
+from llava_hd.bench.packing_passes import AllLogitsPass, DensePass, PackedPass, train_step
 from llava_hd.bench.performance import BEGIN, END
-from llava_hd.bench.performance_steps import find_steps, goals_table, step_parts, write_step_chart
+from llava_hd.bench.performance_steps import (
+    find_steps,
+    goals_table,
+    step_parts,
+    write_step_chart,
+)
 from llava_hd.bench.step import RECORD, TABLE, prepare, sizes_of, totals_of
 from llava_hd.bench.step_competitors import EveryRowProjector, TorchProjector, build, refusal
 from llava_hd.bench.step_data import StepData, read_data
@@ -24,6 +31,7 @@ from llava_hd.bench.step_rows import Totals, loss_difference, ratios_of, rows_of
 from llava_hd.cli.main import main
 from llava_hd.hd.errors import UsageError
 from llava_hd.hd.grid import PRESETS
+from llava_hd.model.attention import IMPLEMENTATIONS
 from llava_hd.model.rival import SIZES
 
 CPU = torch.device("cpu")
@@ -76,6 +84,17 @@ def test_the_steps_hold_what_the_facts_say(folder, data):
         assert sum(fact.labels for fact in facts) == sum(pack.num_label_tokens for pack in packs)
         rows = [0 if pack.has_dummy else len(pack.rows) for pack in packs]
         assert sum(fact.rows for fact in facts) == sum(rows)
+
+
+def test_the_longest_samples_are_cut_for_nobody(tmp_path, monkeypatch):
+    longest = Drawn((1987, 1267), 2093)  # at this scale three tokens more than the recipes allow
+    monkeypatch.setattr(step_data, "draw", lambda setting, count, seed: [longest] * count)
+    request = replace(SMALL, stages=(2,), batch=1, step_samples=1, steps=1)
+    made = prepare(request, sizes_of(request), tmp_path)[2]
+    assert made.lengths[0] == 259 > Scale(56).max_length
+    steps = [next(build(name, request, 2, tmp_path, made).steps) for name in (OURS, RIVAL)]
+    assert [[one.num_useful_tokens for one in step] for step in steps] == [[259], [259]]
+    assert [[one.loss_units for one in step] for step in steps] == [[made.facts[0].labels]] * 2
 
 
 def test_frozen_parts_get_no_gradients_in_either_model(folder, data):
@@ -224,9 +243,34 @@ def test_a_run_leaves_record_table_chart_and_section(tmp_path, capsys):
     assert main(["bench", "step", *words]) == 2  # holds a result already
 
 
+def test_every_variant_leaves_out_what_its_name_says(folder, data):
+    def made(name: str, stage: int = 2):
+        return build(name, replace(SMALL, workers=1), stage, folder, data[stage])
+
+    ours, sdpa = made(OURS), made("no-attention")
+    attention = [one.model.language.causal_lm.config._attn_implementation for one in (ours, sdpa)]
+    assert attention[0] == IMPLEMENTATIONS["auto"] != attention[1] == "sdpa"
+    dense = made("no-packing")
+    assert all(type(one) is DensePass for one in next(dense.steps))
+    assert multiprocessing.active_children()
+    dense.steps.close()
+    alone = made("no-overlap")
+    before = set(multiprocessing.active_children())
+    next(alone.steps)
+    assert set(multiprocessing.active_children()) == before
+    for name, wanted in ((RIVAL, False), (f"{RIVAL}-checkpointing", True)):
+        model = made(name).model
+        assert model.training and model.is_gradient_checkpointing == wanted
+        layers = model.model.language_model.layers
+        assert all(layer.gradient_checkpointing == wanted for layer in layers)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--device", "xyz"], "--device xyz: give cpu, cuda or cuda:N"),
+        (["--device", "cuda:"], "--device cuda:: give cpu, cuda or cuda:N"),
+        (["--out", f"{__file__}/sub"], "is a file; give a folder"),
         (["--batch", "3", "--step-samples", "8"], "not a multiple"),
         (["--competitors", "llava_nxt", OURS], "llava_next"),
         (["--competitors", RIVAL], "everyone is compared with it"),

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from llava_hd.bench import step_growth, step_growth_points
 from llava_hd.bench.performance_steps import find_steps, step_parts, write_step_chart
 from llava_hd.bench.step import prepare, sizes_of
-from llava_hd.bench.step_growth import RECORD, curves_of, fit, slope
+from llava_hd.bench.step_growth import RECORD, curves_of, fit, run_growth, slope
 from llava_hd.bench.step_growth_points import AXES, GRIDS, geometry, main, sample
 from llava_hd.bench.step_options import Request
-from llava_hd.bench.step_process import Job, write_job
+from llava_hd.bench.step_process import Job, read_job, write_job
+from llava_hd.hd.errors import LlavaHDError
+from llava_hd.hd.files import write_whole
 from llava_hd.model.nano import SHIPPED
 from llava_hd.model.processor import read_tokenizer
 from llava_hd.model.rival import save_random
@@ -92,6 +96,62 @@ def test_points_are_measured_and_drawn(tmp_path, monkeypatch):
     assert write_step_chart(result).read_bytes()[:4] == b"\x89PNG"
     page = "\n".join(step_parts([result], tmp_path))
     assert "### Growth: CPU Example" in page and f"**{curves[0]['exponent']:.2f}**" in page
+
+
+def points_of(job: Job) -> str:
+    """Two points of an axis, as its process writes them."""
+    values = {"tokens": 1, "seconds": 1.0, "cpu_seconds": 1.0, "peak_mib": 1.0}
+    return "".join(json.dumps({"x": x, **values}) + "\n" for x in (1, 2))
+
+
+@pytest.mark.parametrize("code", [75, 130, 1])
+def test_axes_that_are_finished_are_kept(tmp_path, monkeypatch, code):
+    jobs = []
+
+    def workers(command: list[str], count: int) -> int:
+        job = read_job(Path(command[-1]))
+        jobs.append(job)
+        if len(jobs) > 1:
+            return code  # what is left of Ctrl-C, which the workers hear, or of a fault
+        write_whole(job.result, points_of(job))
+        return 0
+
+    monkeypatch.setattr(step_growth, "run_workers", workers)
+    request, said = replace(QUICK, out=tmp_path / "out"), []
+    if code == 1:
+        with pytest.raises(LlavaHDError, match=rf"sample tokens ended with code 1; .*{RECORD}"):
+            run_growth(request, said.append)
+    else:
+        assert not run_growth(request, said.append)[0]["complete"]
+    record = json.loads((tmp_path / "out" / RECORD).read_text(encoding="utf-8"))
+    assert {point["axis"] for point in record["points"]} == {"tiles"} and not record["complete"]
+    assert [job.competitor for job in jobs] == ["tiles", "sample tokens"]
+
+
+def test_a_process_that_is_stopped_ends_as_resumable(tmp_path, monkeypatch):
+    def stop(job: Job) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step_growth_points, "measure", stop)
+    write_job(Job("tiles", QUICK, tmp_path, tmp_path / "r.jsonl"), tmp_path / "job.json")
+    assert main([str(tmp_path / "job.json")]) == 75
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+@pytest.mark.parametrize(("cores", "told"), [(1, True), (2, False)])
+def test_ranks_that_share_a_core_are_told(tmp_path, cores, told):
+    environment = {
+        "device": "CPU Example", "device_type": "cpu", "time": "2026-11-30T10:00:00+00:00",
+        "command": "x", "seed": 0, "threads": 1, "versions": {}, "cores": cores,
+    }  # fmt: skip
+    points = [{"axis": "ranks", "x": x, "seconds": 1.0, "peak_mib": 1.0} for x in (1, 2)]
+    record = {
+        "environment": environment, "request": {"threads": 1},
+        "model": {"layers": 4, "width": 8}, "points": points, "curves": [], "notes": [],
+    }  # fmt: skip
+    (tmp_path / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    page = "\n".join(step_parts(find_steps([tmp_path]), tmp_path))
+    assert ("The 2 ranks shared 1 core:" in page) == told
 
 
 def test_the_race_and_growth_read_the_same_geometry(tmp_path):

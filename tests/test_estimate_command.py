@@ -52,6 +52,22 @@ def test_the_command_says_what_it_assumes(capsys):
     assert "models/vicuna-13b-v1.5 is not there" in capsys.readouterr().out
 
 
+OPEN = ["--gradient_checkpointing", "auto", "--data.pack_tokens", "auto"]
+
+
+def test_what_a_recipe_leaves_to_the_memory_is_said_to_be_assumed(recipe, config, capsys):
+    notes = ["gradient_checkpointing auto counts as false", "data.pack_tokens auto counts as its"]
+    words = ["--config", str(recipe), "--data.batching", "packs"]
+    assert main(["estimate", *words]) == 0
+    assert "auto counts as" not in capsys.readouterr().out
+    for command in (["estimate"], [config.stage, "--dry-run"]):
+        assert main([*command, *words, *OPEN]) == 0
+        text = capsys.readouterr().out
+        assert all(f"note: {note}" in text for note in notes)
+    assert main(["estimate", *words, *OPEN, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["assumed"]) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

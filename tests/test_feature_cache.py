@@ -21,6 +21,7 @@ from llava_hd.model.assemble import assemble
 from llava_hd.model.llava_hd import LlavaHD
 from llava_hd.model.packing import Sample, pack
 from llava_hd.model.prompt import Turn
+from llava_hd.train import feature_cache
 from llava_hd.train.config import TrainConfig
 from llava_hd.train.feature_cache import CacheWriter, FeatureCache
 from llava_hd.train.launch import run_workers
@@ -216,6 +217,33 @@ def test_another_image_geometry_tower_or_type_has_another_entry(made, cache, par
         )
         changed.vision.clip.encoder.layers[-1].mlp.fc1.bias += 1
     assert FeatureCache.of(cache.folder, changed.vision, CPU) == cache
+
+
+def test_a_tower_saved_again_has_the_same_entries(made, tmp_path):
+    """Stage 2 reads the tower from stage 1's output, not from the folder that stage 1 read."""
+    model, processor = made
+    model.save_pretrained(tmp_path / "again")
+    processor.save_pretrained(tmp_path / "again")
+    again = LlavaHD.from_pretrained(tmp_path / "again")
+    assert FeatureCache.of(tmp_path, again.vision, CPU) == FeatureCache.of(
+        tmp_path, model.vision, CPU
+    )
+
+
+def test_entries_that_go_away_while_they_are_counted_are_not_counted(cache, monkeypatch):
+    for name in ("ab", "cd"):
+        cache.write(name * 32, torch.zeros(2, cache.width))
+    cache.file("ab" * 32).with_name(".x.unfinished").write_text("")
+    listed = feature_cache._listed
+
+    def and_gone(folder: Path) -> list:
+        found = listed(folder)
+        for entry in found if folder.name == "ab" else []:
+            Path(entry.path).unlink()
+        return found
+
+    monkeypatch.setattr(feature_cache, "_listed", and_gone)
+    assert cache.held() == (1, cache.file("cd" * 32).stat().st_size)
 
 
 def _store(cache: FeatureCache, key: str, rows: torch.Tensor) -> None:

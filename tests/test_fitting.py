@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_feature_cache import Told
 from train_data import tiny_config, write_data
 
 from llava_hd.hd.errors import UsageError
+from llava_hd.train import fitting
 from llava_hd.train.estimate_memory import run_memory
 from llava_hd.train.estimate_model import outline_run
 from llava_hd.train.estimate_samples import largest_pass, measure_samples
-from llava_hd.train.fitting import Fitted, allowed, fit_to_memory, largest_that_fits
+from llava_hd.train.fitting import (
+    Fitted,
+    allowed,
+    fit_to_memory,
+    largest_that_fits,
+    rank_memory,
+)
 from llava_hd.train.metrics import read_metrics
 from llava_hd.train.packs import default_pack_tokens
 from llava_hd.train.run import train
@@ -110,6 +119,17 @@ def test_a_run_that_leaves_all_open_learns_the_same(base, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     text = (tmp_path / "auto/train_config.yaml").read_text(encoding="utf-8")
     assert "pack_tokens: auto" in text and "gradient_checkpointing: auto" in text
+
+
+@pytest.mark.parametrize("limit", ["max\n", "9223372036854771712\n", None])
+def test_a_rank_has_its_share_of_machine_or_container(tmp_path, monkeypatch, limit):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(fitting, "LIMITS", (tmp_path / "memory.max", tmp_path / "none"))
+    assert rank_memory(torch.device("cpu"), 2) == machine // 2
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert rank_memory(torch.device("cpu"), 2) == 500_000
 
 
 def test_packs_of_auto_size_need_packs(base):

@@ -91,3 +91,20 @@ def test_without_numba_pillow_resizes_and_says_so(monkeypatch):
     with pytest.raises(UsageError, match=r"data\.resizing numba: numba is not installed"):
         find_resizer("numba")
     assert tiler.find_resizer("pillow") == (pillow_resizer, "Pillow")
+
+
+class TooNew:
+    """Finds our loops and fails in them as numba does beside a numpy that it does not know."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "llava_hd.hd.resample":
+            raise ImportError("Numba needs NumPy 2.3 or less")
+
+
+def test_numba_that_cannot_be_loaded_is_not_said_to_be_missing(monkeypatch):
+    monkeypatch.delitem(sys.modules, "llava_hd.hd.resample")
+    monkeypatch.delattr("llava_hd.hd.resample")
+    monkeypatch.setattr(sys, "meta_path", [TooNew(), *sys.meta_path])
+    resizer, words = find_resizer("auto")
+    assert resizer is pillow_resizer
+    assert "numba cannot be loaded (Numba needs NumPy 2.3 or less)" in words

@@ -12,7 +12,7 @@ import numpy as np
 from ..hd.errors import UsageError
 from .config import TrainConfig
 from .estimate_memory import GIB, Memory, run_memory
-from .estimate_model import Outline, outline_run
+from .estimate_model import Outline, open_words, outline_run
 from .estimate_samples import (
     TYPICAL_SIZES,
     Samples,
@@ -107,6 +107,11 @@ class Estimate:
     cost: Cost | None
     fit: Fit | None
     missing: tuple[str, ...]
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """What was taken for granted, in words."""
+        return (*self.run.assumed, *open_words(self.config))
 
 
 def estimate(config: TrainConfig, question: Question, done: Done = silent) -> Estimate:
@@ -229,7 +234,7 @@ def report_of(found: Estimate) -> dict[str, Any]:
     memory = found.memory
     return {
         "parts": [asdict(part) for part in found.run.parts],
-        "assumed": list(found.run.assumed),
+        "assumed": list(found.assumed),
         "samples": {
             "source": found.samples.source,
             "number": found.samples.num_samples,

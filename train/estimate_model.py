@@ -86,6 +86,16 @@ class Outline:
     dequantised: int  # bytes of the largest weight that is unpacked to be used
 
 
+def open_words(config: TrainConfig) -> tuple[str, ...]:
+    """How what a recipe leaves to the memory (fitting.py) is counted where no machine is asked."""
+    words = []
+    if config.gradient_checkpointing == "auto":
+        words.append("gradient_checkpointing auto counts as false")
+    if config.data.pack_tokens == "auto":
+        words.append("data.pack_tokens auto counts as its default")
+    return tuple(f"{one} here; the run decides by its own memory, and says so" for one in words)
+
+
 def outline_run(config: TrainConfig) -> Outline:
     """The model that a run trains, from config.json and tokenizer files; no weight is read.
 

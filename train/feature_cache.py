@@ -125,10 +125,13 @@ class FeatureCache:
         entries = size = 0
         for part in _listed(self.folder):
             for file in _listed(Path(part.path)) if part.is_dir() else []:
-                if file.name.endswith(UNFINISHED) and _is_old(file):
-                    Path(file.path).unlink(missing_ok=True)
-                elif file.name.endswith(SUFFIX):
-                    entries, size = entries + 1, size + file.stat().st_size
+                try:
+                    if file.name.endswith(UNFINISHED) and _is_old(file):
+                        Path(file.path).unlink(missing_ok=True)
+                    elif file.name.endswith(SUFFIX):
+                        entries, size = entries + 1, size + file.stat().st_size
+                except FileNotFoundError:  # another run has just named or removed it
+                    continue
         return entries, size
 
 

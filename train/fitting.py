@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,11 @@ from .estimate_samples import Samples, largest_pass, measure_samples
 from .packs import ROUND_TO, default_pack_tokens
 from .sources import RecordSet
 
+# Where Linux says what a container may have: cgroup 2, and 1.
+LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 MEASURED = 2_000  # samples that are looked at, evenly spread over the data
 
 
@@ -63,10 +69,14 @@ def is_left_open(config: TrainConfig) -> bool:
 
 
 def rank_memory(device: torch.device, local_ranks: int) -> int:
-    """Bytes that a rank may use: its GPU's, or its share of the machine's."""
+    """Bytes that a rank may use: its GPU's, or its share of the machine's, or of its container's
+    limit where that is less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_ranks
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    told = [file.read_text(encoding="ascii").strip() for file in LIMITS if file.is_file()]
+    found += [int(limit) for limit in told if limit.isdecimal()]  # "max" is none
+    return min(found) // local_ranks
 
 
 def fit_to_memory(
