@@ -36,6 +36,7 @@ class SaveCase:
     older_kept: bool
     failed_absent: bool  # nothing of the failed one is left
     warned: bool
+    codes: list[int] | None  # exit codes of the ranks; None where they did not end in time
 
     def row(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -70,6 +71,7 @@ def failed_saves(lab: Lab, quick: bool, progress: Progress) -> list[SaveCase]:
                         older_kept="checkpoint-1" in names and "checkpoint-3" in names,
                         failed_absent=not any("checkpoint-2" in name for name in names),
                         warned="was not saved" in log.read_text(encoding="utf-8"),
+                        codes=codes,
                     )
                 )
                 progress(f"failed saves: {len(cases)}")
