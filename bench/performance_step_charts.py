@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .charts import COLOURS
 from .performance_charts import GREY, STYLE
@@ -61,10 +62,11 @@ def _grow(axes: Axes, name: str, record: dict[str, Any]) -> None:
             own.set_yticks([])
             continue
         found = fits[measure]
-        own.plot(x, [point[measure] for point in points], "o", color=colour, markersize=4)
+        values = [point[measure] for point in points]
+        own.plot(x, values, "o", color=colour, markersize=4)
         curve = found["fixed"] + found["factor"] * dense ** found["exponent"]
         own.plot(dense, curve, color=colour, linewidth=1)
-        own.set_ylim(bottom=0)
+        own.set_ylim(0, 1.08 * max(values))
     exponents = ", ".join(
         f"{MEASURES[measure][0].partition(',')[0]} x^{one['exponent']:.2f}"
         for measure, one in fits.items()
@@ -72,6 +74,7 @@ def _grow(axes: Axes, name: str, record: dict[str, Any]) -> None:
     )
     axes.set_title(exponents)
     axes.set_xlabel(name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # all axes count something
 
 
 def _figure(panels: int, device: str) -> tuple[Figure, list[Axes]]:
