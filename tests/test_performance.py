@@ -24,6 +24,7 @@ from llava_hd.bench.performance import (
     write_charts,
 )
 from llava_hd.bench.performance_charts import chart_names
+from llava_hd.bench.performance_steps import CHARTS, find_steps
 from llava_hd.cli.main import main
 from llava_hd.hd.errors import DataError, UsageError
 
@@ -265,9 +266,12 @@ def test_a_page_without_markers_or_results_is_refused(tmp_path: Path) -> None:
 
 def test_the_committed_page_is_what_the_command_makes_of_the_committed_results() -> None:
     page = ROOT / "docs" / "performance.md"
-    results = [read_result(folder) for folder in find_results(ROOT / "bench" / "results")]
+    folder = ROOT / "bench" / "results"
+    results, steps = [read_result(one) for one in find_results(folder)], find_steps([folder])
     text = page.read_text(encoding="utf-8")
-    assert page_text(text, results, page.parent) == text
+    assert page_text(text, results, page.parent, steps) == text
     for found in results:
         for name in chart_names(found.rows):
             assert (found.folder / name).stat().st_size < 100_000, name
+    for step in steps:
+        assert (step.folder / CHARTS[step.kind]).stat().st_size < 100_000, step.kind
