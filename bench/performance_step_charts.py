@@ -78,7 +78,7 @@ def _grow(axes: Axes, name: str, record: dict[str, Any]) -> None:
 
 
 def _figure(panels: int, device: str) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.6 * panels, 3.7), layout="constrained", dpi=100)
+    figure = Figure(figsize=(4.2 * panels, 3.5), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
     figure.suptitle(device, fontsize=11, x=0.01, ha="left")
     return figure, list(np.atleast_1d(figure.subplots(1, panels)))
