@@ -135,10 +135,12 @@ def goals_table(results: Sequence[StepResult]) -> str:
 
 
 def _under(result: StepResult, what: str) -> str:
-    """What a goal's figure was measured with: device, layers of how many, tokens of a sample."""
+    """What a goal's figure was measured with: device, layers of how many, samples of a padded
+    batch, tokens of a sample."""
     record = result.record
     layers, whole = record["model"]["layers"], SIZES[record["request"]["geometry"]].layers
     parts = [result.environment["device"], f"{layers} of {whole} layers"]
+    parts.append(f"batches of {record['request']['batch']}")
     for data in record["data"]:
         if what.startswith(f"stage {data['stage']}:"):
             parts.append(f"{data['mean_tokens']:,.0f} tokens a sample")
@@ -152,7 +154,7 @@ def _race(result: StepResult, beside: Path) -> Iterator[str]:
     yield (
         f"### {facts['device']}, {facts['time'][:10]}: {asked['geometry']}, {about['layers']} "
         f"layers of width {about['width']}, tower {about['vision_layers']} of "
-        f"{about['vision_width']}, {asked['dtype']}"
+        f"{about['vision_width']}, {asked['dtype']}, batches of {asked['batch']}"
     )
     lines = [_how(result, beside)]
     lines.append(

@@ -91,14 +91,14 @@ def test_a_rival_that_the_system_kills_is_its_result_and_ours_is_an_error(tmp_pa
 def test_goals_say_what_they_were_measured_with_and_count_on_an_h200_alone(tmp_path):
     what = "stage 2: useful tokens/s over llava_next's"
     record = {
-        "request": {"quick": False, "geometry": "7b"},
+        "request": {"quick": False, "geometry": "7b", "batch": 4},
         "model": {"layers": 8},
         "data": [{"stage": 1, "mean_tokens": 900.0}, {"stage": 2, "mean_tokens": 1561.3}],
         "targets": [{"what": what, "value": 2.5, "goal": ">= 2", "reached": True}],
         "environment": {"device": "NVIDIA H200", "device_type": "cuda"},
     }
     page = goals_table([StepResult(RECORD, tmp_path, record)])
-    assert "| 2.5, met (NVIDIA H200, 8 of 32 layers, 1,561 tokens a sample) |" in page
+    assert "| 2.5, met (NVIDIA H200, 8 of 32 layers, batches of 4, 1,561 tokens a sample) |" in page
     other = {**record, "environment": {"device": "NVIDIA A100", "device_type": "cuda"}}
     assert "met (" not in goals_table([StepResult(RECORD, tmp_path, other)])
 
