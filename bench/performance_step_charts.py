@@ -16,6 +16,7 @@ from .charts import COLOURS
 from .performance_charts import GREY, STYLE
 from .step_options import OURS, RIVALS
 
+FEWEST = 5  # bars that a panel has room for
 MEASURES = {"seconds": ("time, s", COLOURS[0]), "peak_mib": ("memory, MiB", COLOURS[1])}
 
 
@@ -34,6 +35,8 @@ def step_chart(record: dict[str, Any]) -> bytes:
             for place, value in zip(places, values, strict=True):
                 axes.text(value, place, f" {value:.2f}", va="center", color=GREY)
             axes.set_yticks(places, names)
+            spare = max(0, FEWEST - len(names)) / 2  # one bar alone fills no panel
+            axes.set_ylim(-0.5 - spare, len(names) - 0.5 + spare)
             axes.axvline(1, color=GREY, linewidth=1)
             axes.set_xlabel(f"time of the same steps / {OURS}")
             axes.set_title(f"stage {stage}")
@@ -74,7 +77,7 @@ def _grow(axes: Axes, name: str, record: dict[str, Any]) -> None:
     )
     axes.set_title(exponents)
     axes.set_xlabel(name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # all axes count something
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))  # all axes count something
 
 
 def _figure(panels: int, device: str) -> tuple[Figure, list[Axes]]:

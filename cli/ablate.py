@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +17,7 @@ from rich.table import Table
 from ..hd.errors import UsageError
 from ..hd.grid import suggest
 from .parser import Parser
+from .sigterm import sigterm_is_ctrl_c
 from .step_bars import StepBars
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def run(args: Namespace) -> int:
     if args.dry_run:
         return _dry_run(plan, runs, out, args)
     console, start = Console(stderr=True), time.monotonic()
-    with _stopped_by_sigterm(), StepBars(console, finished=DONE) as show:
+    with sigterm_is_ctrl_c(), StepBars(console, finished=DONE) as show:
         ablate.run_plan(plan, runs, out, args.jobs, show)
     return _report(plan, out, args, console, time.monotonic() - start)
 
@@ -79,20 +78,6 @@ def _check(args: Namespace, plan: Plan) -> None:
             raise UsageError(f"--only {name!r} is no variant; {suggest(name, plan.variants)}")
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: give a number from 1")
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: trainings save, and the same command goes on."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _dry_run(plan: Plan, runs: Sequence[Run], out: Path, args: Namespace) -> int:

@@ -21,6 +21,7 @@ from ..hd.limits import ResolutionLimits
 from .listening import LOOPBACK_NAMES, is_loopback, listen, shown_address
 from .parser import Parser
 from .resolution import add_limits, limits_of, tell_before
+from .sigterm import sigterm_is_ctrl_c
 
 if TYPE_CHECKING:
     import uvicorn
@@ -71,7 +72,7 @@ def run(args: Namespace) -> int:
     if len(args.model) > MOST_MODELS:
         raise UsageError(f"--model: {len(args.model)} models; a page shows one or two")
     listening = listen(args.host, args.port)
-    with ending_at_sigterm():
+    with sigterm_is_ctrl_c():
         return _run(args, listening, limits)
 
 
@@ -93,20 +94,6 @@ def _run(args: Namespace, listening: socket.socket, limits: WebLimits) -> int:
         )
         serve(guard, hall, listening)
     return 0
-
-
-@contextmanager
-def ending_at_sigterm() -> Iterator[None]:
-    """SIGTERM is Ctrl-C, also while the models are read: what stands behind is done."""
-
-    def end(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _limits(args: Namespace) -> WebLimits:
