@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model.last_layer import ASKED_ROWS
 from ..model.llava_hd import LlavaHD
 from ..model.packing import PackedBatch, Sample, pack
 from ..model.prompt import IGNORE
@@ -111,9 +112,9 @@ class DensePass(BatchPass):
             inputs_embeds=dense.view(len(lengths), longest, -1),
             attention_mask=mask,
             use_cache=False,
-        ).last_hidden_state
-        rows = places[batch.label_rows]
-        return model.language.head(hidden.flatten(0, 1), rows, batch.targets, batch.weights)
+            **{ASKED_ROWS: places[batch.label_rows]},
+        ).last_hidden_state[0]
+        return model.language.head(hidden, batch.targets, batch.weights)
 
 
 class PackedPass(BatchPass):

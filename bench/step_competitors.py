@@ -19,6 +19,7 @@ from ..kernels.backend import choose
 from ..kernels.gelu_mlp import gelu_mlp, gelu_mlp_torch
 from ..kernels.place_rows import place_rows, place_rows_torch
 from ..model.fused import apply_published_liger, compile_layers, fuse_layers, liger_refusal
+from ..model.last_layer import compute_every_row
 from ..model.llava_hd import LlavaHD
 from ..model.processor import Processor
 from ..model.projector import MLPProjector, rows_with_cls
@@ -165,5 +166,6 @@ def _set_projector(kind: type[nn.Module]) -> Callable[[LlavaHD], None]:
 MODEL_CHANGES: dict[str, Callable[[LlavaHD], object]] = {
     "no-kept-rows": _set_projector(EveryRowProjector),
     "no-fused-projector": _set_projector(TorchProjector),
+    "no-label-layer": lambda model: compute_every_row(model.language.causal_lm),
     "compile": lambda model: compile_layers(model.language.causal_lm),
 }

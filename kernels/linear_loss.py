@@ -31,26 +31,30 @@ def linear_loss_reference(
 
 
 def linear_loss(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, weights: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    targets: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of the cross entropies of the label rows.
 
     Args:
         hidden: `[T H]` last hidden states.
         weight: `[V H]`, the language model's head.
-        rows: int64 `[L]`, the places that carry a label; may be empty.
+        rows: int64 `[L]`, the places that carry a label; may be empty. None: hidden is `[L H]`.
         targets: int64 `[L]`, the token that each of them must predict.
         weights: `[L]`, the factor of each row's loss, a constant; 1 by default.
 
     Returns:
         scalar sum, fp32 (fp64 for fp64 inputs); 0 that still reaches `hidden` when L is 0.
     """
-    if rows.shape != targets.shape or (weights is not None and weights.shape != rows.shape):
+    shape = hidden.shape[:1] if rows is None else rows.shape
+    if shape != targets.shape or (weights is not None and weights.shape != shape):
         given = "" if weights is None else f", {tuple(weights.shape)} weights"
-        raise ValueError(
-            f"linear_loss: {tuple(rows.shape)} rows, {tuple(targets.shape)} targets{given}"
-        )
-    return _LinearLoss.apply(hidden.index_select(0, rows), weight, targets, weights)
+        raise ValueError(f"linear_loss: {tuple(shape)} rows, {tuple(targets.shape)} targets{given}")
+    asked = hidden if rows is None else hidden.index_select(0, rows)
+    return _LinearLoss.apply(asked, weight, targets, weights)
 
 
 class _LinearLoss(torch.autograd.Function):

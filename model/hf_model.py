@@ -202,7 +202,7 @@ class LlavaHDForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             head = self.model.language.head
-            total = head(hidden, batch.label_rows, batch.targets, batch.weights)
+            total = head(hidden, batch.targets, batch.weights, batch.label_rows)
             loss = total / (batch.loss_units if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 

@@ -1,4 +1,4 @@
-"""The language model: any transformers causal LM, with a head that computes labelled rows only."""
+"""The language model: any transformers causal LM, with a head that computes asked rows only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..hd.errors import UsageError
 from ..kernels.flash_attention import pack_schedule
 from ..kernels.linear_loss import linear_loss
 from .attention import OURS, SCHEDULE
+from .last_layer import ASKED_ROWS, LastLayer, last_layer, let_ask_rows
 
 # Factors between the last hidden state and the logits, which LMHead does not apply.
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -57,15 +58,15 @@ class LMHead(nn.Linear):
     def forward(
         self,
         hidden: Tensor,
-        label_rows: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """`[… H]` -> `[… V]`; with label_rows, targets and their weights (1 by default) `[L]`,
-        `[T H]` -> scalar loss sum."""
-        if label_rows is None or targets is None:
+        """`[… H]` -> `[… V]`; with targets and their weights (1 by default) `[L]`, `[L H]` or the
+        rows `[L]` of `[T H]` -> scalar loss sum."""
+        if targets is None:
             return super().forward(hidden)
-        return linear_loss(hidden, self.weight, label_rows, targets, weights)
+        return linear_loss(hidden, self.weight, rows, targets, weights)
 
 
 class LanguageModel(nn.Module):
@@ -81,6 +82,7 @@ class LanguageModel(nn.Module):
             head = LMHead(old.in_features, old.out_features, bias=False)
         head.weight = old.weight  # the same Parameter: tied embeddings stay tied
         causal_lm.set_output_embeddings(head)
+        let_ask_rows(causal_lm)
         self.causal_lm = causal_lm
 
     @property
@@ -95,12 +97,23 @@ class LanguageModel(nn.Module):
         """ids `[T]` -> `[T H]`."""
         return self.causal_lm.get_input_embeddings()(ids)
 
-    def read(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """A pack of embeddings `[T H]` -> last hidden states `[T H]`; sequences stay apart."""
-        schedule = {}
+    def read(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """A pack of embeddings `[T H]` -> last hidden states `[T H]`; sequences stay apart.
+        rows: int64 `[L]`, of whom alone they are asked -> `[L H]` (model/last_layer.py)."""
+        more: dict[str, object] = {}
         if self.causal_lm.config._attn_implementation in OURS:  # others do not know the keyword
-            schedule[SCHEDULE] = pack_schedule(cu_seqlens, len(x))
-        return self.causal_lm.get_decoder()(
+            more[SCHEDULE] = pack_schedule(cu_seqlens, len(x))
+        left = rows  # to be taken here, from all: in other kinds of layers, and where there is none
+        if rows is not None and len(rows) and isinstance(last_layer(self.causal_lm), LastLayer):
+            more[ASKED_ROWS], left = rows, None
+        hidden = self.causal_lm.get_decoder()(
             inputs_embeds=x[None],
             position_ids=positions[None],
             use_cache=False,
@@ -108,5 +121,6 @@ class LanguageModel(nn.Module):
             cu_seq_lens_k=cu_seqlens,
             max_length_q=max_seqlen,
             max_length_k=max_seqlen,
-            **schedule,
+            **more,
         ).last_hidden_state[0]
+        return hidden if left is None else hidden.index_select(0, left)

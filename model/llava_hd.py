@@ -79,10 +79,12 @@ class LlavaHD(nn.Module):
         text = self.language.embed(batch.ids)  # [T H]
         return self.projector(text, features, batch.rows, batch.source)  # [T H]
 
-    def hidden(self, batch: PackedBatch, features: Tensor | None = None) -> Tensor:
-        """Last hidden states `[T H]`."""
+    def hidden(
+        self, batch: PackedBatch, features: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states `[T H]`; of int64 rows `[L]` alone, `[L H]`."""
         x = self.embeddings(batch, features)
-        return self.language.read(x, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+        return self.language.read(x, batch.positions, batch.cu_seqlens, batch.max_seqlen, rows)
 
     def forward(self, batch: PackedBatch) -> Output:
         """The summed loss of a pack.
@@ -91,8 +93,8 @@ class LlavaHD(nn.Module):
         zero, but every rank runs the same modules (no hang under ZeRO).
         """
         features = self.features(batch)
-        hidden = self.hidden(batch, features)
-        loss_sum = self.language.head(hidden, batch.label_rows, batch.targets, batch.weights)
+        hidden = self.hidden(batch, features, batch.label_rows)
+        loss_sum = self.language.head(hidden, batch.targets, batch.weights)
         wanted = features if batch.fresh else None
         return Output(loss_sum, batch.num_label_tokens, batch.loss_units, wanted)
 

@@ -61,7 +61,7 @@ def score_answers(
         for row, question, answer in zip(images, questions, answers, strict=True)
     ]
     batch = pack(samples, model.config).to(model.device)
-    hidden = model.hidden(batch)[batch.label_rows]  # [L H]
+    hidden = model.hidden(batch, rows=batch.label_rows)  # [L H]
     logits = model.language.head(hidden).float()  # [L V]
     wanted = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]  # [L]
     right = logits.argmax(-1) == batch.targets

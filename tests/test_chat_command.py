@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -277,10 +278,12 @@ class Terminal:
 
 
 def _take_terminal() -> None:
-    """Make the pseudo-terminal the one whose Ctrl-C reaches the process."""
+    """Make the pseudo-terminal the one whose Ctrl-C reaches the process, which hears it, even where
+    the tests themselves ignore it (started in the background of a shell)."""
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

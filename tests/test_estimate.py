@@ -307,14 +307,22 @@ def test_no_speed_is_invented_and_a_given_one_is_used():
 
 
 @pytest.mark.parametrize(
-    ("gib", "verdict"), [(141, "fits"), (28, "too close to call"), (24, "does not fit")]
-)
-def test_a_verdict_has_a_margin_and_names_what_to_change(gib, verdict):
+    ("samples", "gib", "verdict"),
+    [
+        (16, 141, "fits"), (16, 28, "too close to call"), (16, 24, "does not fit"),
+        (32, 141, "fits"), (32, 40, "too close to call"), (32, 36, "does not fit"),
+    ],
+)  # fmt: skip
+def test_a_verdict_has_a_margin_and_names_what_to_change(samples, gib, verdict):
     shipped = load_config("vicuna-7b-hd448", "finetune")
-    fit = estimate(shipped, Question(gpus=8, memory_gib=gib)).fit
+    given = replace(shipped, per_device_batch_size=samples, global_batch_size=8 * samples)
+    fit = estimate(given, Question(gpus=8, memory_gib=gib)).fit
     assert fit is not None and fit.verdict == verdict
     assert (fit.spare < 0) == (verdict == "does not fit")
-    assert "activations" in fit.part and "per_device_batch_size" in fit.remedy
+    if samples == 16:
+        assert fit.part == "optimizer" and "zero.offload_optimizer" in fit.remedy
+    else:
+        assert "activations" in fit.part and "per_device_batch_size" in fit.remedy
 
 
 def test_geometry_of_tiny_tests_is_hdflex():

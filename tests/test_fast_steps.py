@@ -163,7 +163,7 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
 def test_compiled_layers_are_the_same_model(model):
     decoder = model.language.causal_lm.get_decoder()
-    decoder.layers = decoder.layers[:1]  # one is enough, and compiling takes its time
+    decoder.layers = decoder.layers[-1:]  # one is enough, and compiling takes its time
     freeze(model, "pretrain")
     packs, expected = random_packs(model.config, seed=0)[:1], []
     for batch in packs:

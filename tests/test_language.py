@@ -6,65 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import IMAGE_ID, tiny_hd, tiny_tokenizer, vision_config
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    CLIPVisionModel,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from families import FAMILIES, build, causal_lm
+from tiny import tiny_hd, tiny_tokenizer
+from transformers import GenerationConfig
 
 from llava_hd.hd.errors import UsageError
 from llava_hd.model.assemble import assemble
-from llava_hd.model.attention import implementation
-from llava_hd.model.config import LlavaHDConfig
-from llava_hd.model.foreign import config_dict
 from llava_hd.model.generate import generate
 from llava_hd.model.language import LanguageModel
-from llava_hd.model.llava_hd import LlavaHD
 from llava_hd.model.packing import Sample, pack
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
 OTHER_NAMES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "d_model": 32, "n_layers": 2, "n_heads": 4}
-
-
-def causal_lm(kind: str, attention: str = "auto", **options) -> PreTrainedModel:
-    sizes = {k: v for k, v in SIZES.items() if not (kind == "falcon" and k == "head_dim")}
-    config = AutoConfig.for_model(kind, **sizes, **options)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation(attention))
-    return model.eval()
-
-
-def build(language: PreTrainedModel) -> LlavaHD:
-    config = LlavaHDConfig(
-        hd=tiny_hd("hd448"),
-        vision=config_dict(vision_config()),
-        text=config_dict(language.config),
-        image_token_id=IMAGE_ID,
-    )
-    return LlavaHD(config, CLIPVisionModel(vision_config()), language).eval()
-
-
-FAMILIES = [
-    ("llama", {}),
-    ("mistral", {"sliding_window": None}),
-    ("qwen2", {}),
-    ("qwen3", {}),
-    ("phi3", {}),
-    ("olmo2", {}),
-    ("gemma", {}),
-]
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])

@@ -7,9 +7,9 @@ layer all but its last linear, whose output nobody needs). So a trained weight c
 one that gradients pass through 4PT, a frozen tower 2PT.
 
 Attention over a sequence of t tokens is 4 t² heads·d forward, half of it if causal, and 2.5 times
-that backward (Dao, FlashAttention-2, arXiv 2307.08691, sec. 3). The head sees label rows only. The
-tower's rows are patches and CLS of every tile. Norms, activations and the optimizer are left out:
-they are bound by memory, and a measured speed has them in it.
+that backward (Dao, FlashAttention-2, arXiv 2307.08691, sec. 3). The head and the last layer's MLP
+see label rows only. The tower's rows are patches and CLS of every tile. Norms, activations and the
+optimizer are left out: they are bound by memory, and a measured speed has them in it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from ..hd.errors import UsageError
+from ..model.last_layer import LastLayer
 from ..model.llava_hd import LlavaHD
 from ..model.needs import head_width
 from .checkpoint_state import STATE_FILE, read_state
@@ -79,15 +81,13 @@ def count_operations(model: LlavaHD, work: Work, checkpointing: bool) -> Operati
     tower, tower_again = _tower(model, work.tiles, checkpointing)
     projector, projector_again = _projector(model, work.rows, checkpointing)
     decoder = model.language.causal_lm.get_decoder()
-    forward, backward = _linears(decoder, work.tokens)
+    forward, backward, ends = _decoder(decoder, work)
     config = model.language.causal_lm.config
     heads_width = config.num_attention_heads * head_width(config)
     attention = 2.0 * work.squares * heads_width * config.num_hidden_layers
     head = model.language.head.weight
     head_products = 3 if head.requires_grad else 2  # logits, and both gradients at once
-    again = 0.0
-    if checkpointing:
-        again = forward + attention - sum(_last(layer, work.tokens) for layer in decoder.layers)
+    again = forward + attention - ends if checkpointing else 0.0
     return Operations(
         tower=tower,
         projector=projector,
@@ -96,6 +96,19 @@ def count_operations(model: LlavaHD, work: Work, checkpointing: bool) -> Operati
         head=2.0 * head_products * head.numel() * work.labels,
         again=again + tower_again + projector_again,
     )
+
+
+def _decoder(decoder: Any, work: Work) -> tuple[float, float, float]:
+    """(forward, backward) of the linears of all layers, and forward of each layer's last one."""
+    forward, backward = _linears(decoder, work.tokens)
+    layers: list[nn.Module] = list(decoder.layers)
+    ends = sum(_last(layer, work.tokens) for layer in layers)
+    last = layers[-1]
+    if not isinstance(last, LastLayer):
+        return forward, backward, ends
+    spared = work.tokens - work.labels  # rows that its MLP does not see
+    less_forward, less_backward = _linears(last.mlp, spared)
+    return forward - less_forward, backward - less_backward, ends - _last(last.mlp, spared)
 
 
 def _linears(module: nn.Module, rows: float) -> tuple[float, float]:
