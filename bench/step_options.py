@@ -35,6 +35,11 @@ GEOMETRIES = ("nano", "1b", "7b")
 LENGTHS = ("hd", "mix665k")
 TILES = ("56", "112", "224")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# What a race alone has (--growth has none), and its usual value.
+RACE_OPTIONS = {
+    "stage": "both", "lengths": "hd", "competitors": None, "batch": None, "step_samples": None,
+    "steps": None, "rounds": 1, "workers": None, "profile": False,
+}  # fmt: skip
 # LLaVA's in stage 1; in stage 2 ten times LLaVA's, so that random weights learn within 20 steps.
 LEARNING_RATES = {1: 1e-3, 2: 2e-4}
 DESCRIPTION = """Whole training steps (forward, backward, AdamW) of ours and of transformers'
@@ -136,6 +141,10 @@ def request_of(args: Namespace, command: str, num_gpus: int) -> Request:
     """The request of parsed options; num_gpus: of this machine. Raises UsageError."""
     if args.out is not None and not args.out:
         raise UsageError("--out is empty; give a folder")
+    for name, usual in RACE_OPTIONS.items():
+        if args.growth and getattr(args, name) != usual:
+            option = name.replace("_", "-")
+            raise UsageError(f"--growth is no race and has no --{option}; leave one of them out")
     device = args.device or ("cuda" if num_gpus else "cpu")
     cuda = _is_cuda(device, num_gpus)
     geometry = args.geometry or ("nano" if args.quick else "7b" if cuda else "1b")

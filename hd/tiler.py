@@ -62,7 +62,9 @@ def find_resizer(kind: Resizing) -> tuple[Resizer, str]:
             return compiled, "compiled loops"
         reason = "this version of Pillow resizes to other bytes than the compiled loops"
     if kind == "numba":
-        raise UsageError(f"data.resizing numba: {reason}, or choose pillow, which is slower")
+        raise UsageError(
+            f"resizing by numba: {reason}; the slower way without it is data.resizing pillow"
+        )
     return pillow_resizer, f"Pillow, the slower way: {reason}"
 
 

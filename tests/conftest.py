@@ -16,6 +16,10 @@ hypothesis.settings.load_profile("untimed")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # `import tiny` under --import-mode=importlib
+# Helpers whose asserts show both sides where they fail.
+pytest.register_assert_rewrite(
+    "estimate_data", "generate_command", "kernel_checks", "processes", "train_runs", "web_running"
+)
 
 
 # Triton decides at import whether its kernels are interpreted, so those tests run in a process of

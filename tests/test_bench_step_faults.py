@@ -128,6 +128,15 @@ def test_a_gpu_that_is_not_there_is_refused():
     assert request_of(args, "", 3).device == "cuda:2"
 
 
+@pytest.mark.parametrize("words", [["--steps", "3"], ["--profile"], ["--stage", "1"]])
+def test_growth_refuses_what_only_a_race_has(words):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    assert request_of(parser.parse_args(["--growth", "--quick"]), "", 0).growth
+    with pytest.raises(UsageError, match=f"--growth is no race and has no {words[0]}; leave"):
+        request_of(parser.parse_args(["--growth", *words]), "", 0)
+
+
 def test_a_result_that_lacks_a_figure_is_bad_data(tmp_path):
     record = {name: [] for name in ("rows", "ratios", "losses", "targets", "data", "peak", "notes")}
     record |= {name: {} for name in ("environment", "request", "model")}

@@ -7,74 +7,21 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from compared import SPLITS, Two, compare, noisy, questions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_hd.bench import compare as module
 from llava_hd.bench.bootstrap import bootstrap_p
-from llava_hd.bench.compare import ALL, MEAN, METRICS, Comparison, Figures
-from llava_hd.bench.mcnemar import McNemar, mcnemar_p
+from llava_hd.bench.compare import ALL, MEAN, METRICS
+from llava_hd.bench.mcnemar import mcnemar_p
 from llava_hd.bench.pope import PARSERS, score_splits
 from llava_hd.bench.pope_data import Answered
 from llava_hd.hd.errors import DataError
-
-SPLITS = ("random", "popular", "adversarial")
-Answer = Callable[[int, int, str], str]  # image, question, label -> text
-
-
-def questions(
-    num_images: int, per_image: int = 6, splits: tuple[str, ...] = SPLITS
-) -> list[Answered]:
-    return [
-        Answered(split, image * per_image + place, f"{image}.jpg", f"Is it {place}?", label, label)
-        for split in splits
-        for image in range(num_images)
-        for place in range(per_image)
-        for label in (("yes", "no")[place % 2],)
-    ]
-
-
-def noisy(items: list[Answered], rate: float, seed: int) -> list[Answered]:
-    """Answers that are wrong at `rate`, a few of them unreadable."""
-    rng = random.Random(seed)
-    flip = {"yes": "No", "no": "Yes"}
-    return [
-        replace(item, text=("?" if rng.random() < 0.1 else flip[item.label]))
-        if rng.random() < rate
-        else item
-        for item in items
-    ]
-
-
-@dataclass(frozen=True)
-class Two:
-    """A comparison of two models, A and B, with its parts at hand."""
-
-    whole: Comparison
-    a: Figures
-    b: Figures
-    difference: Figures
-    mcnemar: dict[str, McNemar]
-    few_images: dict[str, int]
-
-
-def compare(a: list[Answered], b: list[Answered], *rest: str, **options: int) -> Two:
-    whole = module.compare({"A": a, "B": b}, *rest, **options)
-    [pair] = whole.pairs
-    return Two(
-        whole,
-        whole.models["A"],
-        whole.models["B"],
-        pair.difference,
-        pair.mcnemar,
-        whole.few_images,
-    )
-
 
 ITEMS = questions(24)
 A, B = noisy(ITEMS, 0.3, seed=1), noisy(ITEMS, 0.15, seed=2)
@@ -158,22 +105,6 @@ def test_mcnemar_counts_and_p_by_hand(comparison: Two) -> None:
     for field in ("only_a", "only_b"):
         total = sum(getattr(comparison.mcnemar[split], field) for split in SPLITS)
         assert getattr(test, field) == total
-
-
-@given(st.integers(0, 60), st.integers(0, 60))
-def test_mcnemars_p_is_twice_the_coins_tail(only_a: int, only_b: int) -> None:
-    total, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total
-    assert mcnemar_p(only_a, only_b) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("only_a", "only_b", "p"),
-    [(0, 0, 1.0), (1, 0, 1.0), (0, 6, 0.03125), (5, 15, 0.04138947), (59, 121, 4.4344492637e-06)],
-)
-def test_mcnemars_p_of_known_tables(only_a: int, only_b: int, p: float) -> None:
-    """The last two: R's binom.test(5, 20), and the example of statsmodels' mcnemar."""
-    assert mcnemar_p(only_a, only_b) == pytest.approx(p, rel=1e-6)
 
 
 def test_swapping_the_models_turns_every_sign(comparison: Two) -> None:

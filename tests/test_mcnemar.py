@@ -24,6 +24,22 @@ from llava_hd.bench.mcnemar import (
 )
 
 
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemars_p_is_twice_the_coins_tail(only_a: int, only_b: int) -> None:
+    total, fewer = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total
+    assert mcnemar_p(only_a, only_b) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "p"),
+    [(0, 0, 1.0), (1, 0, 1.0), (0, 6, 0.03125), (5, 15, 0.04138947), (59, 121, 4.4344492637e-06)],
+)
+def test_mcnemars_p_of_known_tables(only_a: int, only_b: int, p: float) -> None:
+    """The last two: R's binom.test(5, 20), and the example of statsmodels' mcnemar."""
+    assert mcnemar_p(only_a, only_b) == pytest.approx(p, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("only_a", "only_b"), [(a, b) for a, b in itertools.product(range(7), repeat=2) if a + b <= 10]
 )
