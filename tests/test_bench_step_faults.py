@@ -101,6 +101,13 @@ def test_goals_say_what_they_were_measured_with_and_count_on_an_h200_alone(tmp_p
     assert "| 2.5, met (NVIDIA H200, 8 of 32 layers, batches of 4, 1,561 tokens a sample) |" in page
     other = {**record, "environment": {"device": "NVIDIA A100", "device_type": "cuda"}}
     assert "met (" not in goals_table([StepResult(RECORD, tmp_path, other)])
+    low = [{"what": what, "value": 1.5, "goal": ">= 2", "reached": False}]
+    older = {**record, "targets": low}
+    deeper = {**older, "model": {"layers": 32}}
+    both = [StepResult(RECORD, tmp_path, one) for one in (record, older, deeper)]  # newest first
+    page = goals_table(both)
+    assert page.count("met (") == 2 and "2.5, met (NVIDIA H200, 8 of 32" in page
+    assert "<br>1.5, not met (NVIDIA H200, 32 of 32 layers" in page
 
 
 def test_no_figure_of_the_table_is_cut_off_in_a_pipe(tmp_path, monkeypatch, capsys):
