@@ -58,7 +58,7 @@ from .step_rows import Found, Totals, losses_of, ratios_of, rows_of, taken_recor
 RECORD, TABLE = "step.json", "step.csv"
 NOTES = (
     FORMULA,
-    "mfu_every_head counts the head for every useful token, as 6 N a token does",
+    "mfu_every_head counts the last MLP and the head for every useful token, as 6 N a token does",
     "both stages cut pictures into tiles, as LlavaNext must; lengths are drawn from rough tables",
     "one optimizer for all: torch's fused AdamW in the type of the weights",
     "the largest loss difference is relative to ours, over all steps of the first process",
