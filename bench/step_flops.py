@@ -10,10 +10,11 @@ K for the width of keys and values and M for that of the MLP, and for samples of
     tower      2 (12 D D) + 4 (P+1) D for each of P+1 patches of a tile and each layer that is
                read, 2 (3 px px D) for each patch, forward only
 
-Backward, stage 2: twice the products and the head, twice the attention; of the projector all but
-the gradient of the features. Stage 1: products and head once, because the language model's weights
-have no gradient; the rest as in stage 2. `every_token` counts the last MLP and the head for every
-useful token, as the usual 6 N per token does (Chowdhery et al. 2022, PaLM, appendix B).
+Backward, stage 2: twice the products, the last MLP, the head and the attention; of the projector
+all but the gradient of the features. Stage 1: products, last MLP and head once, because the
+language model's weights have no gradient; the rest as in stage 2. `every_token` counts the last MLP
+and the head for every useful token, as the usual 6 N per token does (Chowdhery et al. 2022, PaLM,
+appendix B).
 """
 
 from __future__ import annotations

@@ -110,6 +110,7 @@ class LanguageModel(nn.Module):
         more: dict[str, object] = {}
         if self.causal_lm.config._attn_implementation in OURS:  # others do not know the keyword
             more[SCHEDULE] = pack_schedule(cu_seqlens, len(x))
+        # Every layer hands the rows on to its attention, which takes and ignores unknown keywords.
         left = rows  # to be taken here, from all: in other kinds of layers, and where there is none
         if rows is not None and len(rows) and isinstance(last_layer(self.causal_lm), LastLayer):
             more[ASKED_ROWS], left = rows, None

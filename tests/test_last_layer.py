@@ -89,6 +89,21 @@ def test_it_stays_a_layer_of_its_kind_with_its_names():
     torch.testing.assert_close(states[-1][0], whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_transformers_own_attention_takes_the_keyword(attention):
+    language = causal_lm("llama", attention).double()
+    whole = deepcopy(language)
+    model = build(language).double()
+    seen = rows_of_mlps(language)
+    loss = model(packed(model, SAMPLES)).loss_sum.item()
+    assert seen == [27, 5]
+    logits = [whole(input_ids=torch.tensor([x.ids])).logits[0, :-1] for x in SAMPLES]
+    targets = torch.cat([torch.tensor(x.labels)[1:] for x in SAMPLES])
+    expected = cross_entropy(torch.cat(logits), targets, ignore_index=IGNORE, reduction="sum")
+    assert loss == pytest.approx(expected.item(), rel=1e-7)
+
+
 @torch.no_grad()
 def test_asked_rows_of_a_padded_batch_count_through_all_its_rows():
     language = causal_lm("llama")
